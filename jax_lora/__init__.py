@@ -1,0 +1,40 @@
+"""LoRA for JAX: an adapter is a value; `apply` makes any JAX function take it as an argument."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_lora.adapter import Adapter as Adapter
+from jax_lora.adapter import Layout as Layout
+from jax_lora.adapter import LoraFactors as LoraFactors
+from jax_lora.algebra import merge as merge
+from jax_lora.algebra import unmerge as unmerge
+from jax_lora.config import LoraConfig as LoraConfig
+from jax_lora.discover import discover as discover
+from jax_lora.errors import AdapterError as AdapterError
+from jax_lora.errors import CheckpointError as CheckpointError
+from jax_lora.errors import ConfigError as ConfigError
+from jax_lora.errors import JaxLoraError as JaxLoraError
+from jax_lora.errors import MaterializeError as MaterializeError
+from jax_lora.errors import TargetError as TargetError
+from jax_lora.plan import Plan as Plan
+from jax_lora.plan import init as init
+from jax_lora.plan import plan as plan
+from jax_lora.summary import Summary as Summary
+from jax_lora.summary import summary as summary
+from jax_lora.transform import apply as apply
+
+if TYPE_CHECKING:
+    from jax_lora import io as io
+    from jax_lora import optim as optim
+    from jax_lora import training as training
+
+__version__ = "0.1.0"
+
+# These need optax or orbax, which take longer to import than all the rest: loaded at first use.
+_LAZY = ("io", "optim", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jax_lora.{name}")
+    raise AttributeError(f"module 'jax_lora' has no attribute {name!r}")

@@ -1,0 +1,237 @@
+"""Read each weight's axes from how the function uses it: no names, no layer types.
+
+The function's jaxpr is followed without evaluating anything. Every axis of every value that is a
+parameter in another form carries the set of the parameter's own axes behind it; where such a value
+meets a primitive that consumes it, a `Use` is recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jax_lora.adapter import Layout, leaves_by_path
+from jax_lora.interpreter.core import is_literal, open_jaxpr
+from jax_lora.interpreter.structural import reshape_groups
+from jax_lora.transform import Traced
+
+_Axes = tuple[frozenset[int], ...]
+#: Primitives that a weight passes through unchanged in shape, if no other array joins in.
+_UNARY = {"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"}
+_UNARY |= {"stop_gradient", "neg", "reduce_precision"}
+_ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
+_CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
+_CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One place where a function consumes a parameter.
+
+    Attributes:
+        primitive: The primitive's name.
+        in_axes: The parameter's axes that are contracted.
+        out_axes: The parameter's axes that the result keeps.
+        stack_axes: The parameter's axes that are batched, scanned or indexed.
+        input_shape: The shape of the other operand, of one step if the use is inside a scan.
+        output_shape: The shape of the result, of one step if the use is inside a scan.
+        output_dtype: The dtype of the result.
+        multiply_adds: The multiply-adds of all steps. A contraction costs one for each output
+            element and contracted index; an elementwise use costs one for each output element.
+    """
+
+    primitive: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    output_dtype: str
+    multiply_adds: int
+
+    def layout(self, shape: tuple[int, ...]) -> Layout | None:
+        """The layout this use gives a weight of ``shape``; None if it is not a matrix product."""
+        roles = (*self.in_axes, *self.out_axes, *self.stack_axes)
+        if self.primitive != "dot_general" or sorted(roles) != list(range(len(shape))):
+            return None
+        if not self.in_axes or not self.out_axes:
+            return None
+        return Layout(shape, self.in_axes, self.out_axes, self.stack_axes)
+
+
+def discover(
+    fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+) -> dict[str, tuple[Use, ...]]:
+    """How ``fun(params, *args, **kwargs)`` uses each parameter, by the parameter's path.
+
+    Args:
+        fun: A pure function whose first argument is a pytree of parameters.
+        params: The parameters; arrays or `jax.ShapeDtypeStruct`.
+        *args: The other arguments; arrays may be `jax.ShapeDtypeStruct`.
+        **kwargs: The keyword arguments, likewise.
+
+    Returns:
+        The uses of every parameter, parameters and uses in the order of the program; at the end,
+        with an empty tuple, the parameters that the function never uses.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> uses = discover(lambda p, x: x @ p["w"] + p["b"],
+        ...                 {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, jnp.ones((2, 4)))
+        >>> use, = uses["w"]
+        >>> use.primitive, use.in_axes, use.out_axes, use.multiply_adds
+        ('dot_general', (0,), (1,), 24)
+    """
+    leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
+    traced = Traced(fun, leaves, treedef)
+    paths = list(leaves_by_path(params))
+    walk = _Walk()
+    inputs = [
+        _Probe.of(paths[i], leaves[i].shape) if i < len(paths) else None
+        for i in traced.array_leaves
+    ]
+    walk.run(traced.jaxpr, inputs, steps=1)
+    found = {path: tuple(uses) for path, uses in walk.uses.items()}
+    return found | {path: () for path in paths if path not in found}
+
+
+def low_rank_multiply_adds(layout: Layout, rank: int, uses: Iterable[Use]) -> int:
+    """The multiply-adds of ``(x a) b`` in a forward pass, for all uses of a weight as ``x W``.
+
+    ``x W`` costs ``fan_in * fan_out`` for each row of ``x``, and ``(x a) b`` costs
+    ``rank * (fan_in + fan_out)``.
+    """
+    dense = sum(use.multiply_adds for use in uses if use.in_axes)
+    rows = dense // (layout.fan_in * layout.fan_out)
+    return rows * rank * (layout.fan_in + layout.fan_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """A value that is a parameter in another form."""
+
+    path: str
+    axes: _Axes
+    stack: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, path: str, shape: Sequence[int]) -> _Probe:
+        return cls(path, tuple(frozenset({i}) for i in range(len(shape))))
+
+    def behind(self, axes: Iterable[int]) -> frozenset[int]:
+        """The parameter's axes behind some axes of this value."""
+        return frozenset().union(*(self.axes[i] for i in axes))
+
+    def relabel(self, axes: Iterable[frozenset[int]], stack: frozenset[int] | None = None) -> _Probe:
+        return _Probe(self.path, tuple(axes), self.stack if stack is None else self.stack | stack)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.uses: dict[str, list[Use]] = {}
+
+    def run(self, jaxpr: Any, inputs: Sequence[_Probe | None], steps: int) -> list[_Probe | None]:
+        env: dict[Any, _Probe] = {}
+        for var, probe in zip(jaxpr.invars, inputs, strict=True):
+            if probe is not None:
+                env[var] = probe
+        for eqn in jaxpr.eqns:
+            probes = [None if is_literal(v) else env.get(v) for v in eqn.invars]
+            if any(p is not None for p in probes):
+                outs = self.follow(eqn, probes, steps)
+                env.update({v: p for v, p in zip(eqn.outvars, outs, strict=True) if p is not None})
+        return [None if is_literal(v) else env.get(v) for v in jaxpr.outvars]
+
+    def follow(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        name = eqn.primitive.name
+        if name in _CALLS:
+            body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")))
+            return self.run(open_jaxpr(body)[0], probes, steps)
+        if name == "scan":
+            return self.scan(eqn, probes, steps)
+        first = probes[0]
+        if first is not None and all(p is None for p in probes[1:]):
+            moved = _restructure(eqn, first)
+            if moved is not None:
+                return [moved]
+        if name in ("mul", "div") and all(p is not None or _is_scalar(v)
+                                          for p, v in zip(probes, eqn.invars, strict=True)):
+            return [next(p for p in probes if p is not None)]
+        for index, probe in enumerate(probes):
+            if probe is not None and eqn.outvars:  # an effect alone, such as a print, is no use
+                self.record(eqn, probes, index, steps)
+        return [None] * len(eqn.outvars)
+
+    def scan(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        body = open_jaxpr(eqn.params["jaxpr"])[0]
+        inner: list[_Probe | None] = []
+        for probe, outside, inside in zip(probes, eqn.invars, body.invars, strict=True):
+            if probe is not None and len(outside.aval.shape) == len(inside.aval.shape) + 1:
+                probe = probe.relabel(probe.axes[1:], stack=probe.axes[0])
+            inner.append(probe)
+        self.run(body, inner, steps * eqn.params["length"])
+        # A weight that a scan returns is followed no further.
+        return [None] * len(eqn.outvars)
+
+    def record(self, eqn: Any, probes: list[_Probe | None], index: int, steps: int) -> None:
+        probe = probes[index]
+        assert probe is not None
+        name = eqn.primitive.name
+        result = eqn.outvars[0].aval
+        output = tuple(result.shape)
+        others = [tuple(v.aval.shape) for k, v in enumerate(eqn.invars) if k != index]
+        contracted: frozenset[int] = frozenset()
+        kept, stacked, cost = probe.behind(range(len(probe.axes))), probe.stack, 0
+        if name == "dot_general":
+            contract, batch = eqn.params["dimension_numbers"]
+            free = [i for i in range(len(probe.axes)) if i not in (*contract[index], *batch[index])]
+            contracted, kept = probe.behind(contract[index]), probe.behind(free)
+            stacked = stacked | probe.behind(batch[index])
+            sizes = eqn.invars[index].aval.shape
+            cost = math.prod(output) * math.prod(sizes[i] for i in contract[index])
+        elif name in _ELEMENTWISE:
+            cost = math.prod(output)
+        use = Use(
+            name,
+            *(tuple(sorted(axes)) for axes in (contracted, kept, stacked)),
+            input_shape=others[0] if others else output,
+            output_shape=output,
+            output_dtype=str(result.dtype),
+            multiply_adds=steps * cost,
+        )
+        self.uses.setdefault(probe.path, []).append(use)
+
+
+def _is_scalar(atom: Any) -> bool:
+    return not atom.aval.shape
+
+
+def _restructure(eqn: Any, probe: _Probe) -> _Probe | None:
+    """The probe after an operation that only moves entries around; None if it does more."""
+    name, params = eqn.primitive.name, eqn.params
+    shape = tuple(eqn.outvars[0].aval.shape)
+    if name in _UNARY:
+        return probe
+    if name == "transpose":
+        return probe.relabel(probe.axes[i] for i in params["permutation"])
+    if name in ("reshape", "squeeze", "expand_dims"):
+        axes = [frozenset[int]()] * len(shape)
+        for old, new in reshape_groups(tuple(eqn.invars[0].aval.shape), shape):
+            for axis in new:
+                axes[axis] = probe.behind(old)
+        return probe.relabel(axes)
+    if name == "broadcast_in_dim":
+        axes = [frozenset[int]()] * len(shape)
+        for old, axis in enumerate(params["broadcast_dimensions"]):
+            axes[axis] = probe.axes[old]
+        return probe.relabel(axes)
+    if name in ("slice", "dynamic_slice"):
+        # An axis of which one entry is taken holds independent matrices.
+        before = eqn.invars[0].aval.shape
+        taken = [i for i, n in enumerate(shape) if n == 1 < before[i]]
+        return probe.relabel(probe.axes, stack=probe.behind(taken))
+    return None

@@ -1,0 +1,120 @@
+"""Primitives that contract a weight with an input: ``x W`` becomes ``x W + scale (x a) b``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from string import ascii_letters
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_lora.adapter import RANK
+from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
+from jax_lora.virtual import LoraWeight
+
+_RANK_LETTER = "Z"
+
+
+def low_rank_einsum(
+    x: jax.Array,
+    x_letters: Sequence[str],
+    weight: LoraWeight,
+    weight_letters: Sequence[str],
+    out_letters: Sequence[str],
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """``scale * einsum(x, a, b -> out)`` as two contractions, through the rank, cheaper one first.
+
+    The factors are cast to the operands' dtype at use; ``scale`` multiplies the intermediate, which
+    has the rank in place of all the axes of one factor and is the smallest array at hand.
+
+    Args:
+        x: The other operand.
+        x_letters: One letter per axis of ``x``; equal letters are the same index.
+        weight: The virtual weight, whose ``w`` is not used here.
+        weight_letters: One letter per axis of the weight.
+        out_letters: The letters of the result. A letter that only ``w`` has, because the factors
+            were broadcast along it, yields an axis of size 1.
+        precision: As in the contraction that is replaced.
+        preferred_element_type: As in the contraction that is replaced.
+
+    Returns:
+        The update of the contraction's result, to be added to ``x W``.
+    """
+    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    x = x.astype(dtype)
+    factors = [
+        (f.astype(dtype), [_RANK_LETTER if i == RANK else weight_letters[i] for i in axes])
+        for f, axes in weight.factors()
+    ]
+    size: dict[str, int] = dict(zip(x_letters, x.shape, strict=True))
+    for factor, letters in factors:
+        size.update(zip(letters, factor.shape, strict=True))
+
+    def order(first: int) -> tuple[int, int, list[str]]:
+        near, far = factors[first][1], factors[1 - first][1]
+        reached = [*x_letters, *(n for n in near if n not in x_letters)]
+        kept = [n for n in reached if n in out_letters or n in far]
+        cost = math.prod(size[n] for n in reached)
+        return cost + math.prod(size[n] for n in {*kept, *far}), first, kept
+
+    _, first, kept = min(order(0), order(1))
+    (near_factor, near), (far_factor, far) = factors[first], factors[1 - first]
+    reached_out = [n for n in out_letters if n in kept or n in far]
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    hidden = jnp.einsum(_spec(x_letters, near, kept), x, near_factor, **options)
+    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
+    out = jnp.einsum(_spec(kept, far, reached_out), hidden, far_factor, **options)
+    return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
+
+
+def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
+    return f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+
+
+@rule("dot_general")
+def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    if all(isinstance(v, LoraWeight) for v in values):
+        # A product of two adapted weights: the smaller one is formed, the larger stays factored.
+        small = 0 if math.prod(values[0].shape) <= math.prod(values[1].shape) else 1
+        values = list(values)
+        values[small] = interpreter.materialize(values[small], eqn.primitive.name)
+    side = 0 if isinstance(values[0], LoraWeight) else 1
+    weight, x = values[side], values[1 - side]
+    contract, batch = eqn.params["dimension_numbers"]
+    if x.ndim + weight.ndim >= len(ascii_letters):
+        raise Unfactorable
+
+    free = iter(ascii_letters.replace(_RANK_LETTER, ""))
+    letters: list[list[str]] = [[""] * values[0].ndim, [""] * values[1].ndim]
+    batch_letters = []
+    for pairs, is_batch in ((zip(*batch, strict=True), True), (zip(*contract, strict=True), False)):
+        for i, j in pairs:
+            letters[0][i] = letters[1][j] = next(free)
+            if is_batch:
+                batch_letters.append(letters[0][i])
+    out_letters = list(batch_letters)
+    for operand in letters:
+        for i, known in enumerate(operand):
+            if not known:
+                operand[i] = next(free)
+                out_letters.append(operand[i])
+
+    plain = list(values)
+    plain[side] = weight.w
+    (out,) = evaluate_one(eqn, plain)
+    update = low_rank_einsum(
+        x,
+        letters[1 - side],
+        weight,
+        letters[side],
+        out_letters,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+    )
+    interpreter.factored(weight, eqn)
+    return [out + update.astype(out.dtype)]

@@ -1,0 +1,195 @@
+"""Interpret a jaxpr over values of which some are virtual weights.
+
+Equations that touch no virtual weight run, in maximal runs, through JAX's own evaluator. The others
+go to the rule of their primitive, found by *name*: a rule either keeps the weight factored or
+declines, and a declined equation runs on the materialised weight. This file holds the only use of
+JAX's jaxpr data structures that the rules share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+
+from jax_lora.errors import MaterializeError
+from jax_lora.virtual import LoraWeight
+
+
+class Unfactorable(Exception):  # noqa: N818 - a signal from a rule, not an error for the user
+    """Raised by a rule that cannot keep this use of the weight factored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What happened to a weight where it met a primitive that consumes it.
+
+    Attributes:
+        path: The parameter's path.
+        primitive: The primitive's name.
+        factored: Whether ``x W + scale (x a) b`` was computed; if not, ``W + scale a b`` was formed.
+    """
+
+    path: str
+    primitive: str
+    factored: bool
+
+
+Rule = Callable[["Interpreter", Any, list[Any]], Sequence[Any]]
+
+#: The rule of each primitive, by the primitive's name: ``rule(interpreter, eqn, values) -> outputs``.
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of the primitives with these names."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"primitive {name!r} already has a rule")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether a jaxpr atom is a literal (it carries its value) and not a variable."""
+    return hasattr(atom, "val")
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr and its constants, of a closed or an open one."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+@functools.cache
+def _empty_jaxpr() -> Any:
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+def evaluate(eqns: Sequence[Any], env: dict[Any, Any], outvars: Sequence[Any]) -> list[Any]:
+    """Run equations whose inputs are in ``env`` through JAX's own evaluator."""
+    made: set[Any] = set()
+    invars: dict[Any, None] = {}
+    effects: set[Any] = set()
+    for eqn in eqns:
+        for atom in eqn.invars:
+            if not is_literal(atom) and atom not in made:
+                invars[atom] = None
+        made.update(eqn.outvars)
+        effects |= set(eqn.effects)
+    part = _empty_jaxpr().replace(
+        invars=list(invars), outvars=list(outvars), eqns=list(eqns), effects=effects
+    )
+    return list(jax.core.eval_jaxpr(part, (), *[env[v] for v in invars]))
+
+
+def evaluate_one(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Run one equation on other input values, through JAX's own evaluator.
+
+    Raises:
+        Unfactorable: The equation reads one variable twice and the two values differ.
+    """
+    env: dict[Any, Any] = {}
+    for atom, value in zip(eqn.invars, values, strict=True):
+        if is_literal(atom):
+            continue
+        if env.setdefault(atom, value) is not value:
+            raise Unfactorable
+    return evaluate([eqn], env, eqn.outvars)
+
+
+class Interpreter:
+    """Evaluates jaxprs whose inputs may be `LoraWeight` values.
+
+    Attributes:
+        strict: Refuse to materialise a weight.
+        events: What became of each weight at each primitive that consumed it, in trace order.
+    """
+
+    def __init__(self, *, strict: bool = False):
+        self.strict = strict
+        self.events: list[Event] = []
+        self._jits: dict[Any, tuple[Any, Any]] = {}
+
+    def factored(self, weight: LoraWeight, eqn: Any) -> None:
+        """Record that a rule kept ``weight`` factored at ``eqn``."""
+        self.events.append(Event(weight.path, eqn.primitive.name, factored=True))
+
+    def materialize(self, value: Any, primitive: str) -> Any:
+        """The value as an ordinary array; an already ordinary value is returned as it is.
+
+        Raises:
+            MaterializeError: The value is a virtual weight and the interpreter is strict.
+        """
+        if not isinstance(value, LoraWeight):
+            return value
+        if self.strict:
+            raise MaterializeError(
+                f"{value.path}: the adapted weight reaches `{primitive}` with shape {value.shape}; "
+                "expected a primitive with a factored rule. Exclude this parameter from the "
+                "adapter, or drop strict=True to form W + scale*a*b at this place"
+            )
+        self.events.append(Event(value.path, primitive, factored=False))
+        return value.materialize()
+
+    def jit(self, closed_jaxpr: Any, name: str, treedef: Any, build: Callable[[], Any]) -> Any:
+        """One compiled function per inner jaxpr, so that a function called twice is traced once."""
+        key = (id(closed_jaxpr), treedef)
+        if key not in self._jits:
+            # The jaxpr is kept alive beside the function: an id may be reused after collection.
+            function = build()
+            function.__name__ = function.__qualname__ = name
+            self._jits[key] = (jax.jit(function), closed_jaxpr)
+        return self._jits[key][0]
+
+    def apply_rule(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """The outputs of an equation of whose inputs at least one is virtual."""
+        found = RULES.get(eqn.primitive.name)
+        if found is not None:
+            try:
+                return list(found(self, eqn, values))
+            except Unfactorable:
+                pass
+        plain: dict[int, Any] = {}
+        for value in values:
+            if id(value) not in plain:
+                plain[id(value)] = self.materialize(value, eqn.primitive.name)
+        return evaluate_one(eqn, [plain[id(value)] for value in values])
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Evaluate a jaxpr; outputs may be virtual weights."""
+        env: dict[Any, Any] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        )
+        last_use = {v: len(jaxpr.eqns) for v in jaxpr.outvars if not is_literal(v)}
+        for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+            for atom in eqn.invars:
+                if not is_literal(atom):
+                    last_use.setdefault(atom, index)
+
+        pending: list[Any] = []
+
+        def flush(upto: int) -> None:
+            outvars = [v for eqn in pending for v in eqn.outvars if last_use.get(v, -1) >= upto]
+            if pending:
+                results = evaluate(pending, env, outvars)
+                env.update(zip(outvars, results, strict=True))
+                pending.clear()
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            touched = any(isinstance(env.get(v), LoraWeight) for v in eqn.invars if not is_literal(v))
+            if not touched:
+                pending.append(eqn)
+                continue
+            flush(index)
+            values = [v.val if is_literal(v) else env[v] for v in eqn.invars]
+            env.update(zip(eqn.outvars, self.apply_rule(eqn, values), strict=True))
+        flush(len(jaxpr.eqns))
+        return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]

@@ -1,0 +1,177 @@
+"""Primitives that move a weight's entries around: they relabel the factors' axes.
+
+Each rule applies the equation to ``W`` as it stands and does to each factor what the equation does
+to the axes that factor holds. A weight stays factored only if no axis group that the operation
+mixes is split between the two factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lora.adapter import RANK
+from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
+from jax_lora.virtual import LoraWeight
+
+
+def _first_only(values: list[Any]) -> LoraWeight:
+    """The first operand, if it and no other one is a virtual weight."""
+    weight, *rest = values
+    if not isinstance(weight, LoraWeight) or any(isinstance(v, LoraWeight) for v in rest):
+        raise Unfactorable
+    return weight
+
+
+@rule("transpose")
+def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    moved = {old: new for new, old in enumerate(eqn.params["permutation"])} | {RANK: RANK}
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, lambda f, axes: (f, [moved[i] for i in axes]))]
+
+
+@rule("convert_element_type")
+def _convert(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    # The factors keep their own dtype and are cast where they are used.
+    weight = _first_only(values)
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        raise Unfactorable
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [dataclasses.replace(weight, w=w)]
+
+
+@rule("copy", "copy_p", "name", "sharding_constraint")
+def _identity(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [dataclasses.replace(weight, w=w)]
+
+
+@rule("stop_gradient")
+def _stop_gradient(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    return [jax.tree.map(lax.stop_gradient, _first_only(values))]
+
+
+@rule("neg")
+def _neg(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    return [dataclasses.replace(weight, w=-weight.w, scale=-weight.scale)]
+
+
+@rule("mul")
+def _mul(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    left, right = values
+    weight, factor = (left, right) if isinstance(left, LoraWeight) else (right, left)
+    if isinstance(factor, LoraWeight) or jnp.ndim(factor) != 0:
+        raise Unfactorable
+    w = weight.w * jnp.asarray(factor, weight.dtype)
+    scale = weight.scale * jnp.asarray(factor, weight.scale.dtype)
+    return [dataclasses.replace(weight, w=w, scale=scale)]
+
+
+@rule("div")
+def _div(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    if jnp.ndim(values[1]) != 0:
+        raise Unfactorable
+    w = weight.w / jnp.asarray(values[1], weight.dtype)
+    scale = weight.scale / jnp.asarray(values[1], weight.scale.dtype)
+    return [dataclasses.replace(weight, w=w, scale=scale)]
+
+
+def reshape_groups(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The smallest groups of axes that a reshape maps onto each other.
+
+    Axes of size 1 come and go alone, as a group with an empty other side.
+
+    Example:
+        >>> reshape_groups((6, 4), (2, 3, 1, 4))
+        [((0,), (0, 1)), ((), (2,)), ((1,), (3,))]
+    """
+    groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        if i < len(old) and old[i] == 1:
+            groups.append(((i,), ()))
+            i += 1
+        elif j < len(new) and new[j] == 1:
+            groups.append(((), (j,)))
+            j += 1
+        else:
+            start_i, start_j = i, j
+            size_i, size_j = old[i], new[j]
+            i, j = i + 1, j + 1
+            while size_i != size_j:
+                if size_i < size_j:
+                    size_i *= old[i]
+                    i += 1
+                else:
+                    size_j *= new[j]
+                    j += 1
+            groups.append((tuple(range(start_i, i)), tuple(range(start_j, j))))
+    return groups
+
+
+@rule("reshape", "squeeze", "expand_dims")
+def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    old, new = weight.shape, tuple(eqn.outvars[0].aval.shape)
+    if 0 in old or (eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None):
+        raise Unfactorable
+    groups = reshape_groups(old, new)
+
+    def reshape(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, list[int]]:
+        order, sizes, labels = [axes.index(RANK)], [factor.shape[axes.index(RANK)]], [RANK]
+        for old_axes, new_axes in groups:
+            real = [i for i in old_axes if old[i] != 1]
+            held = [i for i in old_axes if i in axes]
+            if real and set(real) <= set(axes):
+                order += [axes.index(i) for i in held]
+                sizes += [new[j] for j in new_axes]
+                labels += new_axes
+            elif real and held:
+                raise Unfactorable  # a group that is split between the two factors
+            else:
+                order += [axes.index(i) for i in held]  # axes of size 1 vanish in the reshape
+        return jnp.transpose(factor, order).reshape(sizes), labels
+
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, reshape)]
+
+
+@rule("slice")
+def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * weight.ndim
+
+    def cut(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        for axis, i in enumerate(axes):
+            if i != RANK and (starts[i], limits[i], strides[i]) != (0, weight.shape[i], 1):
+                factor = lax.slice_in_dim(factor, starts[i], limits[i], strides[i], axis=axis)
+        return factor, axes
+
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, cut)]
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = _first_only(values)
+    starts, sizes = values[1:], eqn.params["slice_sizes"]
+
+    def cut(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        for axis, i in enumerate(axes):
+            if i != RANK and sizes[i] != weight.shape[i]:
+                factor = lax.dynamic_slice_in_dim(factor, starts[i], sizes[i], axis=axis)
+        return factor, axes
+
+    (w,) = evaluate_one(eqn, [weight.w, *starts])
+    return [weight.map_factors(w, cut)]

@@ -1,0 +1,218 @@
+"""Orbax checkpoints of an adapter and of base parameters.
+
+A checkpoint is a folder with two orbax items: ``arrays``, an ordinary tree that plain orbax restores
+without this library, and ``config``, a JSON document that says what the arrays are. Orbax writes
+both into a temporary folder and renames it at the end, so that a checkpoint is whole or absent.
+``config`` also holds a checksum of every array and of itself: a damaged byte in a compressed chunk
+is otherwise read as another number without complaint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError as error:  # pragma: no cover - it is a dependency of the package
+    raise ModuleNotFoundError(
+        "checkpoints need orbax: pip install orbax-checkpoint", name=error.name
+    ) from error
+
+from jax_lora.adapter import Adapter, Layout, LoraFactors, check_fits, leaves_by_path
+from jax_lora.config import LoraConfig
+from jax_lora.errors import CheckpointError
+
+_ADAPTER, _PARAMS = "jax_lora.adapter", "jax_lora.params"
+_VERSION = 1
+
+
+def save_params(folder: str | Path, params: Any, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write parameters as an orbax checkpoint.
+
+    Args:
+        folder: The checkpoint, which must not exist yet.
+        params: A pytree of arrays. Containers other than dicts and lists come back as these.
+        metadata: JSON-able facts to keep beside them, such as the model's sizes.
+
+    Raises:
+        CheckpointError: The folder exists, or it cannot be written.
+    """
+    _save(folder, params, {"format": _PARAMS, "metadata": dict(metadata or {})})
+
+
+def load_params(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """Read what `save_params` wrote.
+
+    Returns:
+        The parameters, on the default device, and their metadata.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or it holds something else.
+    """
+    arrays, config = _load(folder, _PARAMS)
+    return arrays, config["metadata"]
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Adapter,
+    config: LoraConfig | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter, and nothing but the adapter, as an orbax checkpoint.
+
+    The ``arrays`` item is ``{path: {"a": ..., "b": ..., "scale": ...}}``; the ``config`` item holds
+    each path's layout, and the configuration if there is one.
+
+    Args:
+        folder: The checkpoint, which must not exist yet.
+        adapter: The adapter.
+        config: The configuration it was made with.
+        metadata: JSON-able facts to keep beside it.
+
+    Raises:
+        CheckpointError: The folder exists, or it cannot be written.
+    """
+    arrays = {path: {"a": f.a, "b": f.b, "scale": f.scale} for path, f in adapter.items()}
+    document = {
+        "format": _ADAPTER,
+        "lora": config.to_json() if config else None,
+        "layouts": {path: dataclasses.asdict(f.layout) for path, f in adapter.items()},
+        "metadata": dict(metadata or {}),
+    }
+    _save(folder, arrays, document)
+
+
+def load_adapter(
+    folder: str | Path, params: Any = None
+) -> tuple[Adapter, LoraConfig | None, dict[str, Any]]:
+    """Read what `save_adapter` wrote.
+
+    Args:
+        folder: The checkpoint.
+        params: The base parameters it will be used with, to check that it fits them.
+
+    Returns:
+        The adapter, on the default device; its configuration if there was one; its metadata.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or it holds something else.
+        AdapterError: The adapter does not fit ``params``.
+    """
+    arrays, document = _load(folder, _ADAPTER)
+    entries = {}
+    for path, roles in document["layouts"].items():
+        layout = Layout(**{name: tuple(axes) for name, axes in roles.items()})
+        entries[path] = LoraFactors(**arrays[path], layout=layout)
+    adapter = Adapter(entries)
+    config = LoraConfig.from_json(document["lora"]) if document["lora"] else None
+    if params is not None:
+        check_fits(params, adapter)
+    return adapter, config, document["metadata"]
+
+
+def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:
+    path = Path(folder).absolute()
+    if path.exists():
+        raise CheckpointError(f"{folder}: expected a new folder, but it exists; choose another one")
+    document = {"version": _VERSION, "arrays": _describe(arrays)} | document
+    checked = document | {"crc32": _checksum(document)}
+    items = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays), config=ocp.args.JsonSave(checked)
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, items)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+
+
+def _load(folder: str | Path, expected: str) -> tuple[Any, dict[str, Any]]:
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        near = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
+        beside = f"; beside it: {', '.join(near)}" if near else ""
+        raise CheckpointError(f"{folder}: expected a checkpoint folder, found none{beside}")
+    if not (path / "arrays").is_dir() or not (path / "config").is_dir():
+        held = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint with the items 'arrays' and 'config', found {held}"
+        )
+    document = _guarded(folder, "config", lambda: _restore_json(path))
+    if not isinstance(document, dict) or document.pop("crc32", None) != _checksum(document):
+        raise CheckpointError(
+            f"{folder}: the item 'config' is damaged or not from this library; restore the "
+            "checkpoint from a copy"
+        )
+    if document["format"] != expected:
+        found = document["format"]
+        raise CheckpointError(f"{folder}: expected the format {expected!r}, found {found!r}")
+    if document["version"] != _VERSION:
+        raise CheckpointError(
+            f"{folder}: expected format version {_VERSION}, found {document['version']!r}; "
+            "a newer jax_lora may have written it"
+        )
+    arrays = _guarded(folder, "arrays", lambda: _restore_arrays(path))
+    written, read = document["arrays"], _describe(arrays)
+    if written != read:
+        odd = [n for n in sorted({*written, *read}) if written.get(n) != read.get(n)]
+        raise CheckpointError(
+            f"{folder}: damaged, the values read differ from those written: {', '.join(odd)}; "
+            "restore the checkpoint from a copy"
+        )
+    return jax.tree.map(jnp.asarray, arrays), document
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def _describe(arrays: Any) -> dict[str, Any]:
+    """Shape, dtype and CRC-32 of every array, by path."""
+
+    def describe(leaf: Any) -> dict[str, Any]:
+        array = np.ascontiguousarray(leaf)
+        crc32 = zlib.crc32(array.reshape(-1).view(np.uint8))
+        return {"shape": list(np.shape(leaf)), "dtype": str(array.dtype), "crc32": crc32}
+
+    return {path: describe(leaf) for path, leaf in leaves_by_path(arrays).items()}
+
+
+def _guarded(folder: str | Path, item: str, restore: Any) -> Any:
+    """What ``restore`` returns; any failure of the storage layer as one error of ours."""
+    try:
+        return restore()
+    except Exception as error:  # whatever a damaged file makes orbax or tensorstore raise
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"{folder}: the item {item!r} cannot be read, a file is missing, truncated or damaged "
+            f"({type(error).__name__}: {reason}); restore the checkpoint from a copy"
+        ) from error
+
+
+def _restore_json(path: Path) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return checkpointer.restore(path, items)["config"]
+
+
+def _restore_arrays(path: Path) -> Any:
+    # Through numpy, so that a checkpoint does not ask for the devices it was written on.
+    handler = ocp.CompositeCheckpointHandler(
+        arrays=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata["arrays"].tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=restore_args)
+        return checkpointer.restore(path, ocp.args.Composite(arrays=args))["arrays"]

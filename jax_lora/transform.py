@@ -1,0 +1,117 @@
+"""`apply`: any function of parameters, with the adapter as an argument."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_lora.adapter import Adapter, check_fits, leaves_by_path
+from jax_lora.interpreter import Interpreter
+from jax_lora.virtual import virtual_weight
+
+
+def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """Make ``fun(params, ...)`` take an adapter: ``adapted(params, adapter, ...)``.
+
+    Each adapted weight acts as ``W + scale * a b`` without being formed: where the function
+    contracts it with an input, ``x W + scale (x a) b`` is computed. A weight that meets a primitive
+    without a factored rule is formed at that place; `plan` lists those places before anything runs.
+
+    The function is traced on every call, so call the result under `jax.jit`: eager calls are right
+    but slow.
+
+    Args:
+        fun: A pure function whose first argument is a pytree of parameters, such as Flax's
+            ``model.apply``. Its code is not touched.
+        strict: Refuse to form any adapted weight.
+
+    Returns:
+        A function ``(params, adapter, *args, **kwargs)`` with the outputs of ``fun``. It is
+        differentiable in every argument, and composes with jit, grad, vmap and scan. Python
+        numbers, booleans and other leaves that are not arrays reach ``fun`` as they are.
+
+    Raises:
+        AdapterError: From the returned function: an entry of the adapter has no parameter, or one
+            of another shape.
+        MaterializeError: From the returned function, under ``strict``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_lora as jl
+        >>> def model(params, x):
+        ...     return x @ params["w"]
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+        >>> plan = jl.plan(model, params, x, config=jl.LoraConfig(rank=2))
+        >>> adapter = jl.init(jax.random.key(0), params, plan)
+        >>> y = jax.jit(jl.apply(model))(params, adapter, x)
+        >>> bool((y == model(params, x)).all())  # b = 0: the base model, bit for bit
+        True
+
+    References:
+        Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+    """
+
+    @functools.wraps(fun)
+    def adapted(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        return interpret(Interpreter(strict=strict), fun, params, adapter, args, kwargs)
+
+    return adapted
+
+
+def interpret(
+    interpreter: Interpreter,
+    fun: Callable[..., Any],
+    params: Any,
+    adapter: Adapter,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Trace ``fun`` on ordinary values and evaluate it with the adapted weights virtual."""
+    check_fits(params, adapter)
+    leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
+    traced = Traced(fun, leaves, treedef)
+    # The parameters are the first leaves, in the order of their paths.
+    for index, path in enumerate(leaves_by_path(params)):
+        if path in adapter:
+            leaves[index] = virtual_weight(leaves[index], adapter[path], path)
+    outs = interpreter.run(traced.jaxpr, traced.consts, [leaves[i] for i in traced.array_leaves])
+    return traced.rebuild([interpreter.materialize(out, "function output") for out in outs])
+
+
+class Traced:
+    """A function traced to a jaxpr over those of its arguments' leaves that are arrays.
+
+    Attributes:
+        jaxpr: The jaxpr.
+        consts: Its constants.
+        array_leaves: The indices of the leaves that are the jaxpr's inputs, in order.
+    """
+
+    def __init__(self, fun: Callable[..., Any], leaves: list[Any], treedef: Any):
+        self.array_leaves = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+        def flat(*arrays: Any) -> list[Any]:
+            filled = list(leaves)
+            for i, array in zip(self.array_leaves, arrays, strict=True):
+                filled[i] = array
+            args, kwargs = jax.tree.unflatten(treedef, filled)
+            outs, self._out_treedef = jax.tree.flatten(fun(*args, **kwargs))
+            self._static_outs = [None if _is_array(out) else (out,) for out in outs]
+            return [out for out in outs if _is_array(out)]
+
+        closed = jax.make_jaxpr(flat)(*[leaves[i] for i in self.array_leaves])
+        self.jaxpr, self.consts = closed.jaxpr, closed.consts
+
+    def rebuild(self, arrays: list[Any]) -> Any:
+        """The function's output, from the jaxpr's outputs."""
+        rest = iter(arrays)
+        outs = [next(rest) if static is None else static[0] for static in self._static_outs]
+        return jax.tree.unflatten(self._out_treedef, outs)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
