@@ -53,8 +53,8 @@ class Layout:
         if sorted(axes) != list(range(len(self.shape))) or not self.in_axes or not self.out_axes:
             raise AdapterError(
                 f"expected every axis of a weight of shape {self.shape} to be exactly one of in, "
-                f"out and stack, with at least one in-axis and one out-axis; got in={self.in_axes}, "
-                f"out={self.out_axes}, stack={self.stack_axes}"
+                "out and stack, with at least one in-axis and one out-axis; got "
+                f"in={self.in_axes}, out={self.out_axes}, stack={self.stack_axes}"
             )
 
     @property
@@ -159,11 +159,13 @@ class Adapter(Mapping[str, LoraFactors]):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, ...]]:
+        """For JAX: the entries with their paths as keys."""
         keys = [(jax.tree_util.DictKey(path), entry) for path, entry in self._entries.items()]
         return keys, tuple(self._entries)
 
     @classmethod
     def tree_unflatten(cls, paths: tuple[str, ...], entries: Any) -> Adapter:
+        """For JAX: the adapter with other entries."""
         # No checks here: JAX unflattens with arbitrary leaves (None, labels, shapes).
         adapter = object.__new__(cls)
         adapter._entries = dict(zip(paths, entries, strict=True))

@@ -55,8 +55,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"expected a rank of at least 1, got rank={self.rank!r}")
-        if not math.isfinite(self.alpha):
-            raise ConfigError(f"expected a finite alpha, got alpha={self.alpha!r}")
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not number or not math.isfinite(self.alpha):
+            raise ConfigError(f"expected alpha to be a finite number, got alpha={self.alpha!r}")
         for name, choices in (("scaling", get_args(Scaling)), ("init", get_args(Init))):
             value = getattr(self, name)
             if value not in choices:
@@ -65,15 +66,23 @@ class LoraConfig:
                     f"({near_misses(str(value), choices)})"
                 )
         if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"expected a floating-point dtype such as float32, got {self.dtype!r}")
+            raise ConfigError(
+                f"expected a floating-point dtype such as float32, got {self.dtype!r}"
+            )
         for name in ("targets", "exclude"):
             globs = getattr(self, name)
-            globs = (globs,) if isinstance(globs, str) else tuple(globs)
-            if any(not isinstance(g, str) or not g for g in globs):
-                raise ConfigError(f"expected {name} to be globs over parameter paths, got {globs!r}")
-            object.__setattr__(self, name, globs)
+            if isinstance(globs, str):
+                globs = (globs,)
+            known = isinstance(globs, (tuple, list))
+            if not known or any(not isinstance(g, str) or not g for g in globs):
+                raise ConfigError(
+                    f"expected {name} to be globs over parameter paths, got {globs!r}"
+                )
+            object.__setattr__(self, name, tuple(globs))
         if not self.targets:
-            raise ConfigError("expected at least one target, got none; 'all-linear' adapts them all")
+            raise ConfigError(
+                "expected at least one target, got none; 'all-linear' adapts them all"
+            )
 
     @property
     def scale(self) -> float:

@@ -76,7 +76,8 @@ def discover(
 
     Returns:
         The uses of every parameter, parameters and uses in the order of the program; at the end,
-        with an empty tuple, the parameters that the function never uses.
+        with an empty tuple, the parameters that the function never uses. Leaves of ``params`` that
+        are not arrays are left out.
 
     Example:
         >>> import jax.numpy as jnp
@@ -89,6 +90,7 @@ def discover(
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
     traced = Traced(fun, leaves, treedef)
     paths = list(leaves_by_path(params))
+    arrays = [paths[i] for i in traced.array_leaves if i < len(paths)]
     walk = _Walk()
     inputs = [
         _Probe.of(paths[i], leaves[i].shape) if i < len(paths) else None
@@ -96,7 +98,7 @@ def discover(
     ]
     walk.run(traced.jaxpr, inputs, steps=1)
     found = {path: tuple(uses) for path, uses in walk.uses.items()}
-    return found | {path: () for path in paths if path not in found}
+    return found | {path: () for path in arrays if path not in found}
 
 
 def low_rank_multiply_adds(layout: Layout, rank: int, uses: Iterable[Use]) -> int:
@@ -126,7 +128,9 @@ class _Probe:
         """The parameter's axes behind some axes of this value."""
         return frozenset().union(*(self.axes[i] for i in axes))
 
-    def relabel(self, axes: Iterable[frozenset[int]], stack: frozenset[int] | None = None) -> _Probe:
+    def relabel(
+        self, axes: Iterable[frozenset[int]], stack: frozenset[int] | None = None
+    ) -> _Probe:
         return _Probe(self.path, tuple(axes), self.stack if stack is None else self.stack | stack)
 
 
@@ -149,22 +153,28 @@ class _Walk:
     def follow(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
         name = eqn.primitive.name
         if name in _CALLS:
-            body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")))
+            body = eqn.params.get(
+                "jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+            )
             return self.run(open_jaxpr(body)[0], probes, steps)
         if name == "scan":
             return self.scan(eqn, probes, steps)
         first = probes[0]
-        if first is not None and all(p is None for p in probes[1:]):
+        if first is not None and eqn.outvars and all(p is None for p in probes[1:]):
             moved = _restructure(eqn, first)
             if moved is not None:
                 return [moved]
-        if name in ("mul", "div") and all(p is not None or _is_scalar(v)
-                                          for p, v in zip(probes, eqn.invars, strict=True)):
-            return [next(p for p in probes if p is not None)]
+        scaled: list[_Probe | None] = [None] * len(eqn.outvars)
+        if name in ("mul", "div"):
+            # By a scalar, which may be a parameter too, a weight is only scaled.
+            for index, other in ((0, 1), (1, 0)):
+                if probes[index] is not None and _is_scalar(eqn.invars[other]):
+                    scaled, probes[index] = [probes[index]], None
+                    break
         for index, probe in enumerate(probes):
             if probe is not None and eqn.outvars:  # an effect alone, such as a print, is no use
                 self.record(eqn, probes, index, steps)
-        return [None] * len(eqn.outvars)
+        return scaled
 
     def scan(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
         body = open_jaxpr(eqn.params["jaxpr"])[0]
@@ -197,7 +207,9 @@ class _Walk:
             cost = math.prod(output)
         use = Use(
             name,
-            *(tuple(sorted(axes)) for axes in (contracted, kept, stacked)),
+            in_axes=tuple(sorted(contracted)),
+            out_axes=tuple(sorted(kept)),
+            stack_axes=tuple(sorted(stacked)),
             input_shape=others[0] if others else output,
             output_shape=output,
             output_dtype=str(result.dtype),
@@ -218,7 +230,7 @@ def _restructure(eqn: Any, probe: _Probe) -> _Probe | None:
         return probe
     if name == "transpose":
         return probe.relabel(probe.axes[i] for i in params["permutation"])
-    if name in ("reshape", "squeeze", "expand_dims"):
+    if name in ("reshape", "squeeze"):
         axes = [frozenset[int]()] * len(shape)
         for old, new in reshape_groups(tuple(eqn.invars[0].aval.shape), shape):
             for axis in new:
@@ -226,8 +238,8 @@ def _restructure(eqn: Any, probe: _Probe) -> _Probe | None:
         return probe.relabel(axes)
     if name == "broadcast_in_dim":
         axes = [frozenset[int]()] * len(shape)
-        for old, axis in enumerate(params["broadcast_dimensions"]):
-            axes[axis] = probe.axes[old]
+        for index, axis in enumerate(params["broadcast_dimensions"]):
+            axes[axis] = probe.axes[index]
         return probe.relabel(axes)
     if name in ("slice", "dynamic_slice"):
         # An axis of which one entry is taken holds independent matrices.

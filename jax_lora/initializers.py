@@ -1,4 +1,4 @@
-"""How the factor ``a`` starts. ``b`` starts at zero, so that an untrained adapter changes nothing."""
+"""How the factor ``a`` starts; ``b`` starts at zero, so that a fresh adapter changes nothing."""
 
 from __future__ import annotations
 

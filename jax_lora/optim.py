@@ -34,12 +34,8 @@ def labels(tree: Any) -> Any:
     def label(node: Any) -> Any:
         if not isinstance(node, Adapter):
             return FROZEN
-        return Adapter(
-            {
-                path: dataclasses.replace(factors, a=TRAINED, b=TRAINED, scale=FROZEN)
-                for path, factors in node.items()
-            }
-        )
+        marks: Any = {"a": TRAINED, "b": TRAINED, "scale": FROZEN}
+        return Adapter({path: dataclasses.replace(f, **marks) for path, f in node.items()})
 
     return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Adapter))
 

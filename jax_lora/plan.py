@@ -112,8 +112,8 @@ class Plan:
             f"({extra / max(self.multiply_adds, 1):.1%})",
         ]
         if self.skipped:
-            rows = [(path, reason) for path, reason in self.skipped.items()]
-            lines += ["", format_table(("not adapted", "because"), rows)]
+            reasons = list(self.skipped.items())
+            lines += ["", format_table(("not adapted", "because"), reasons)]
         return "\n".join(lines)
 
 
@@ -160,8 +160,8 @@ def plan(
         l1/bias      used by add, not as a matrix
     """
     config = config or LoraConfig()
-    leaves = leaves_by_path(params)
     uses = discover(fun, params, *args, **kwargs)
+    leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if path in uses}
     targets, skipped = _select(config, leaves, uses)
     largest = max(min(t.layout.fan_in, t.layout.fan_out) for t in targets.values())
     if config.rank > largest:

@@ -156,9 +156,11 @@ def summary(
     rows = []
     for layer, paths in layers.items():
         rows.append(_layer_row(layer, paths, leaves, uses, trained=adapter is None))
-        rows += [_adapter_row(path, adapter, uses[path]) for path in paths if path in (adapter or ())]
+        rows += [
+            _adapter_row(path, adapter, uses[path]) for path in paths if path in (adapter or ())
+        ]
     arrays = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
-    input_bytes = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
+    input_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     return Summary(tuple(rows), input_bytes)
 
 
@@ -181,9 +183,7 @@ def _layer_row(
         trained=trained,
         multiply_adds=sum(use.multiply_adds for use in found),
         output_bytes=_bytes(shown) if shown else 0,
-        param_bytes=sum(
-            math.prod(leaves[p].shape) * np.dtype(leaves[p].dtype).itemsize for p in paths
-        ),
+        param_bytes=sum(math.prod(leaves[p].shape) * leaves[p].dtype.itemsize for p in paths),
     )
 
 

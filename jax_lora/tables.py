@@ -16,7 +16,8 @@ def format_table(
     """Columns padded to their widest cell, two spaces apart; ``right`` names right-aligned ones.
 
     Example:
-        >>> print(format_table(("layer", "params"), [("l1", "393,344"), ("l2", "16,512")], right=[1]))
+        >>> rows = [("l1", "393,344"), ("l2", "16,512")]
+        >>> print(format_table(("layer", "params"), rows, right=[1]))
         layer   params
         l1     393,344
         l2      16,512

@@ -1,9 +1,9 @@
 """Training as pure functions: a state, a step, and an epoch that is one compiled program.
 
-A step is ``(state, batch) -> (state, metrics)``. `epoch_over_arrays` scans it over batches gathered
-from arrays on the device, `epoch_over_batches` over a chunk of batches from anywhere, and `evaluate`
-averages over a data set. `DataParallel` compiles each of them, with `jit` over a mesh of devices or
-with `pmap`.
+A step is ``(state, batch) -> (state, metrics)``. `epoch_over_arrays` scans it over batches
+gathered from arrays on the device, `epoch_over_batches` over a chunk of batches from anywhere, and
+`evaluate` averages over a data set. `DataParallel` compiles each of them, with `jit` over a mesh of
+devices or with `pmap`.
 
 Every batch has the same size. What does not fill the last one has the weight 0, so a short batch is
 exactly its own mean, needs no second compilation, and can be spread over any number of devices.
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     """
 
     data: Any
-    weight: jax.Array
+    weight: jax.Array | np.ndarray
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -204,7 +204,8 @@ def evaluate(
 
 def _gather(arrays: Any, xs: tuple[jax.Array, jax.Array]) -> Batch:
     indices, weights = xs
-    return Batch(jax.tree.map(lambda array: array[indices], arrays), weights)
+    # A numpy array would not take a traced index.
+    return Batch(jax.tree.map(lambda array: jnp.asarray(array)[indices], arrays), weights)
 
 
 def _scan(
@@ -323,9 +324,7 @@ class DataParallel:
             mapped = jax.jit(fun, out_shardings=self._sharding())
         else:
             in_axes = (*[None] * (len(args) - 1), 1)
-            mapped = jax.pmap(
-                fun, DATA_AXIS, in_axes=in_axes, out_axes=None, devices=self.devices
-            )
+            mapped = jax.pmap(fun, DATA_AXIS, in_axes=in_axes, out_axes=None, devices=self.devices)
         args = (*map(self.replicate, args[:-1]), args[-1])
         executable = mapped.lower(*args).compile()
         return Compiled(executable, self, time.perf_counter() - start)
@@ -346,4 +345,5 @@ class Compiled:
     seconds: float
 
     def __call__(self, *args: Any) -> Any:
+        """Run it; the arguments go to the devices first."""
         return self.executable(*map(self.parallel.replicate, args[:-1]), args[-1])

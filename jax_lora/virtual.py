@@ -1,4 +1,4 @@
-"""The labelled factored weight that stands for ``W + scale * a b`` while a function is interpreted."""
+"""The labelled factored weight that stands for ``W + scale * a b`` during interpretation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.adapter import RANK, LoraFactors
+
+
+def wider(one: Any, other: Any) -> Any:
+    """The dtype that holds both, also where the user has made mixing dtypes an error."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
 
 
 @jax.tree_util.register_dataclass
@@ -42,14 +48,17 @@ class LoraWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
         return tuple(self.w.shape)
 
     @property
     def ndim(self) -> int:
+        """The number of axes of the weight."""
         return len(self.w.shape)
 
     @property
     def dtype(self) -> Any:
+        """The dtype of the weight."""
         return self.w.dtype
 
     def factors(self) -> tuple[tuple[jax.Array, tuple[int, ...]], ...]:
@@ -64,7 +73,7 @@ class LoraWeight:
         return dataclasses.replace(self, w=w, a=a, b=b, a_axes=tuple(a_axes), b_axes=tuple(b_axes))
 
     def delta(self) -> jax.Array:
-        """``scale * a b``, with size 1 along axes that neither factor has, in the factors' dtype."""
+        """``scale * a b`` in the factors' dtype, of size 1 along axes that neither factor has."""
         letter = {RANK: "z"} | dict(enumerate(ascii_letters[: self.ndim]))
         held = [i for i in range(self.ndim) if i in self.a_axes or i in self.b_axes]
         spec = ",".join("".join(letter[i] for i in axes) for _, axes in self.factors())
@@ -78,7 +87,7 @@ class LoraWeight:
 
     def materialize(self) -> jax.Array:
         """``W + scale * a b`` as an ordinary array of ``W``'s dtype, summed in the wider dtype."""
-        wide = jnp.promote_types(self.w.dtype, self.a.dtype)
+        wide = wider(self.w.dtype, self.a.dtype)
         return (self.w.astype(wide) + self.delta().astype(wide)).astype(self.w.dtype)
 
 

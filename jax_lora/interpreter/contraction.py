@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
-from jax_lora.virtual import LoraWeight
+from jax_lora.virtual import LoraWeight, wider
 
 _RANK_LETTER = "Z"
 
@@ -45,7 +45,7 @@ def low_rank_einsum(
     Returns:
         The update of the contraction's result, to be added to ``x W``.
     """
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    dtype = wider(x.dtype, weight.dtype)
     x = x.astype(dtype)
     factors = [
         (f.astype(dtype), [_RANK_LETTER if i == RANK else weight_letters[i] for i in axes])

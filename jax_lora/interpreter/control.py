@@ -65,9 +65,7 @@ def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     def run(consts: list[Any], values: list[Any]) -> list[Any]:
         return interpreter.run(jaxpr, consts, values)
 
-    remat = jax.checkpoint(
-        run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-    )
+    remat = jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     return remat(list(consts), values)
 
 
@@ -87,7 +85,8 @@ def _split_scanned(weight: LoraWeight) -> tuple[Any, Any]:
         labels[f"{name}_axes"] = tuple(i if i == RANK else i - 1 for i in axes if i != 0)
 
     def rebuild(step: dict[str, Any]) -> LoraWeight:
-        return LoraWeight(**step, **constant, **labels, path=weight.path)
+        merged: dict[str, Any] = {**step, **constant, **labels}
+        return LoraWeight(**merged, path=weight.path)
 
     return scanned, rebuild
 

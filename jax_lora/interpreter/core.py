@@ -31,7 +31,7 @@ class Event:
     Attributes:
         path: The parameter's path.
         primitive: The primitive's name.
-        factored: Whether ``x W + scale (x a) b`` was computed; if not, ``W + scale a b`` was formed.
+        factored: Whether it stayed ``x W + scale (x a) b``; if not, ``W + scale a b`` was formed.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Event:
 
 Rule = Callable[["Interpreter", Any, list[Any]], Sequence[Any]]
 
-#: The rule of each primitive, by the primitive's name: ``rule(interpreter, eqn, values) -> outputs``.
+#: ``rule(interpreter, eqn, values) -> outputs`` of each primitive, by the primitive's name.
 RULES: dict[str, Rule] = {}
 
 
@@ -184,7 +184,9 @@ class Interpreter:
                 pending.clear()
 
         for index, eqn in enumerate(jaxpr.eqns):
-            touched = any(isinstance(env.get(v), LoraWeight) for v in eqn.invars if not is_literal(v))
+            touched = any(
+                isinstance(env.get(v), LoraWeight) for v in eqn.invars if not is_literal(v)
+            )
             if not touched:
                 pending.append(eqn)
                 continue

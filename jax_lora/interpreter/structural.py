@@ -119,7 +119,7 @@ def reshape_groups(
     return groups
 
 
-@rule("reshape", "squeeze", "expand_dims")
+@rule("reshape", "squeeze")
 def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = _first_only(values)
     old, new = weight.shape, tuple(eqn.outvars[0].aval.shape)
@@ -144,6 +144,18 @@ def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
 
     (w,) = evaluate_one(eqn, [weight.w])
     return [weight.map_factors(w, reshape)]
+
+
+@rule("broadcast_in_dim")
+def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    # A new axis, also what expand_dims is made of, is an axis that neither factor has.
+    weight = _first_only(values)
+    new, moved = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
+    if any(weight.shape[i] != new[j] for i, j in enumerate(moved)):
+        raise Unfactorable  # an axis of size 1 that is repeated
+    labels = dict(enumerate(moved)) | {RANK: RANK}
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, lambda f, axes: (f, [labels[i] for i in axes]))]
 
 
 @rule("slice")

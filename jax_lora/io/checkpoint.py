@@ -1,10 +1,10 @@
 """Orbax checkpoints of an adapter and of base parameters.
 
-A checkpoint is a folder with two orbax items: ``arrays``, an ordinary tree that plain orbax restores
-without this library, and ``config``, a JSON document that says what the arrays are. Orbax writes
-both into a temporary folder and renames it at the end, so that a checkpoint is whole or absent.
-``config`` also holds a checksum of every array and of itself: a damaged byte in a compressed chunk
-is otherwise read as another number without complaint.
+A checkpoint is a folder with two orbax items: ``arrays``, an ordinary tree that plain orbax
+restores without this library, and ``config``, a JSON document that says what the arrays are. Orbax
+writes both into a temporary folder and renames it at the end, so that a checkpoint is whole or
+absent. ``config`` also holds a checksum of every array and of itself: a damaged byte in a
+compressed chunk is otherwise read as another number without complaint.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _describe(arrays: Any) -> dict[str, Any]:
 
     def describe(leaf: Any) -> dict[str, Any]:
         array = np.ascontiguousarray(leaf)
-        crc32 = zlib.crc32(array.reshape(-1).view(np.uint8))
+        crc32 = zlib.crc32(array.reshape(-1).view(np.uint8).data)
         return {"shape": list(np.shape(leaf)), "dtype": str(array.dtype), "crc32": crc32}
 
     return {path: describe(leaf) for path, leaf in leaves_by_path(arrays).items()}
