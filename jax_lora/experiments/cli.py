@@ -1,0 +1,46 @@
+"""From a dataclass of options to a script: parse, run, and end with one clear line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from jax_lora.data import DatasetError
+from jax_lora.errors import JaxLoraError
+
+Options = TypeVar("Options")
+
+
+def main(
+    options: type[Options], run: Callable[[Options], object], argv: Sequence[str] | None = None
+) -> int:
+    """Parse ``argv`` into ``options`` and call ``run`` with them.
+
+    Args:
+        options: A dataclass; its fields are the command line, its docstring the help.
+        run: What to do.
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0; 1 after a failed write or an error of this library, of which one line was
+        printed; 130 after Ctrl-C. What was saved before either stays valid.
+    """
+    try:
+        run(tyro.cli(options, args=argv))
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints already saved are complete", file=sys.stderr)
+        return 130
+    except (JaxLoraError, DatasetError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

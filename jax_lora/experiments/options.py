@@ -1,0 +1,165 @@
+"""The options of the scripts: the only home of their defaults, which are the article's preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from jax_lora.config import Init, LoraConfig, Scaling
+from jax_lora.errors import ConfigError
+
+#: The least and the largest value of each number, where the library itself does not check it.
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "learning_rate": (0, sys.float_info.max),
+    "momentum": (0, 1),
+    "weight_decay": (0, sys.float_info.max),
+    "num_devices": (1, math.inf),
+    "hidden_dim": (1, math.inf),
+    "num_hidden": (1, math.inf),
+    "input_dim": (1, math.inf),
+    "num_classes": (1, math.inf),
+    "num_seeds": (1, math.inf),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all options share: their ranges are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        """Checks every number.
+
+        Raises:
+            ConfigError: Names every option that is out of range.
+        """
+        problems = []
+        for name, value in describe(self).items():
+            low, high = _RANGES.get(name, (-math.inf, math.inf))
+            if name in _RANGES and value is not None and not low <= value <= high:
+                option = name.replace("_", "-")
+                problems.append(f"--{option} from {low:g} to {high:g}, got {value}")
+        if problems:
+            raise ConfigError("expected " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What is learned.
+
+    Attributes:
+        dataset: "auto" is CIFAR-10 where it is prepared or can be downloaded, otherwise digits.
+        data_dir: The tensorflow-datasets folder; by default $TFDS_DATA_DIR.
+        archive: A cifar-10-binary.tar.gz that you already have, to prepare CIFAR-10 from.
+        cache_dir: Where decoded images are kept between runs; by default your cache folder.
+    """
+
+    dataset: Literal["auto", "cifar10", "digits"] = "auto"
+    data_dir: Path | None = None
+    archive: Path | None = None
+    cache_dir: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """How it is learned.
+
+    Attributes:
+        seed: Everything random derives from it.
+        epochs: Epochs of a phase.
+        batch_size: Examples in a step, over all devices.
+        learning_rate: The learning rate.
+        momentum: The momentum of SGD.
+        weight_decay: L2 regularisation of the trained parameters, as in torch's SGD.
+        parallel: Split each batch over the devices with jit and a mesh, or with pmap.
+        num_devices: How many devices; all local ones by default.
+        stream: Feed batches from the host in chunks, as for data that does not fit on the device.
+    """
+
+    seed: int = 0
+    epochs: int = 5
+    batch_size: int = 32
+    learning_rate: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    parallel: Literal["jit", "pmap"] = "jit"
+    num_devices: int | None = None
+    stream: bool = False
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """SGD with momentum, as torch has it."""
+        sgd = optax.sgd(self.learning_rate, momentum=self.momentum or None)
+        if not self.weight_decay:
+            return sgd
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """What is pre-trained.
+
+    Attributes:
+        hidden_dim: The width of the hidden layers.
+        num_hidden: The number of hidden layers.
+    """
+
+    hidden_dim: int = 128
+    num_hidden: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraOptions(Options):
+    """What is added for fine-tuning.
+
+    Attributes:
+        rank: The rank of the update.
+        alpha: The strength of the update.
+        scaling: What multiplies x A B: "alpha" as in the article, "standard" alpha/r as in the
+            paper, "rslora" alpha/sqrt(r).
+        init: How A starts: "article" uniform on ±1/sqrt(r), "kaiming" uniform on ±1/sqrt(in),
+            "gaussian" normal with standard deviation 1/r.
+        targets: Globs of the parameters to adapt.
+        exclude: Globs of parameters to leave alone.
+    """
+
+    rank: int = 32
+    alpha: float = 1.0
+    scaling: Scaling = "alpha"
+    init: Init = "article"
+    targets: tuple[str, ...] = ("**/kernel",)
+    exclude: tuple[str, ...] = ()
+
+    def lora_config(self) -> LoraConfig:
+        """The configuration for the library.
+
+        Raises:
+            ConfigError: A value that cannot mean anything.
+        """
+        names = [field.name for field in dataclasses.fields(LoraOptions)]
+        return LoraConfig(**{name: getattr(self, name) for name in names})
+
+
+def describe(options: Any) -> dict[str, Any]:
+    """Options as JSON-able data."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    fields = dataclasses.fields(options)
+    return {field.name: plain(getattr(options, field.name)) for field in fields}
+
+
+def changes(options: Any) -> dict[str, list[Any]]:
+    """The options that differ from their defaults, as ``{name: [default, used]}``."""
+    default = describe(type(options)())
+    used = describe(options)
+    return {name: [default[name], used[name]] for name in used if used[name] != default[name]}
