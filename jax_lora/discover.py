@@ -39,7 +39,7 @@ class Use:
         stack_axes: The parameter's axes that are batched, scanned or indexed.
         input_shape: The shape of the other operand, of one step if the use is inside a scan.
         output_shape: The shape of the result, of one step if the use is inside a scan.
-        output_dtype: The dtype of the result.
+        output_bytes: The bytes of the result, of one step if the use is inside a scan.
         multiply_adds: The multiply-adds of all steps. A contraction costs one for each output
             element and contracted index; an elementwise use costs one for each output element.
     """
@@ -50,7 +50,7 @@ class Use:
     stack_axes: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    output_dtype: str
+    output_bytes: int
     multiply_adds: int
 
     def layout(self, shape: tuple[int, ...]) -> Layout | None:
@@ -212,7 +212,7 @@ class _Walk:
             stack_axes=tuple(sorted(stacked)),
             input_shape=others[0] if others else output,
             output_shape=output,
-            output_dtype=str(result.dtype),
+            output_bytes=math.prod(output) * result.dtype.itemsize,
             multiply_adds=steps * cost,
         )
         self.uses.setdefault(probe.path, []).append(use)

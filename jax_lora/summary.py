@@ -182,7 +182,7 @@ def _layer_row(
         params=sum(math.prod(leaves[path].shape) for path in paths),
         trained=trained,
         multiply_adds=sum(use.multiply_adds for use in found),
-        output_bytes=_bytes(shown) if shown else 0,
+        output_bytes=shown.output_bytes if shown else 0,
         param_bytes=sum(math.prod(leaves[p].shape) * leaves[p].dtype.itemsize for p in paths),
     )
 
@@ -198,11 +198,7 @@ def _adapter_row(path: str, adapter: Any, uses: tuple[Use, ...]) -> Row:
         params=math.prod(factors.a.shape) + math.prod(factors.b.shape),
         trained=True,
         multiply_adds=low_rank_multiply_adds(layout, rank, uses),
-        output_bytes=_bytes(use) if use else 0,
+        output_bytes=use.output_bytes if use else 0,
         param_bytes=math.prod(factors.a.shape) * np.dtype(factors.a.dtype).itemsize
         + math.prod(factors.b.shape) * np.dtype(factors.b.dtype).itemsize,
     )
-
-
-def _bytes(use: Use) -> int:
-    return math.prod(use.output_shape) * np.dtype(use.output_dtype).itemsize

@@ -1,0 +1,180 @@
+"""What all tests share: strict dtypes, and a float64 dense oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_lora as jl
+
+if hasattr(jax, "enable_x64"):
+    _enable_x64 = jax.enable_x64
+else:  # older versions
+    from jax.experimental import enable_x64 as _enable_x64
+
+
+# Compiling takes longer than running here.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def _letters(axes: tuple[int, ...]) -> str:
+    return "".join("z" if axis == -1 else "abcdefgh"[axis] for axis in axes)
+
+
+def _delta64(factors: jl.LoraFactors) -> np.ndarray:
+    layout = factors.layout
+    a, b = np.asarray(factors.a, np.float64), np.asarray(factors.b, np.float64)
+    spec_a = _letters((*layout.stack_axes, *layout.in_axes, -1))
+    spec_b = _letters((*layout.stack_axes, -1, *layout.out_axes))
+    out = _letters(tuple(range(len(layout.shape))))
+    return float(factors.scale) * np.einsum(f"{spec_a},{spec_b}->{out}", a, b)
+
+
+def _wide(tree: Any) -> Any:
+    """All floating-point leaves in float64."""
+
+    def widen(leaf: Any) -> Any:
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return np.asarray(leaf).astype(np.float64)
+        return leaf
+
+    return jax.tree.map(widen, tree)
+
+
+def _dense64(params: Any, adapter: jl.Adapter) -> Any:
+    def add(key_path: Any, leaf: Any) -> Any:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        return leaf + _delta64(adapter[path]) if path in adapter else leaf
+
+    return jax.tree_util.tree_map_with_path(add, _wide(params))
+
+
+@pytest.fixture(scope="session")
+def delta64() -> Callable[[jl.LoraFactors], np.ndarray]:
+    """``scale * a b`` of one entry, in float64 by numpy."""
+    return _delta64
+
+
+@pytest.fixture(scope="session")
+def dense64() -> Callable[[Any, jl.Adapter], Any]:
+    """``W + scale * a b`` for a tree, in float64 by numpy."""
+    return _dense64
+
+
+@pytest.fixture(scope="session")
+def filled() -> Callable[..., jl.Adapter]:
+    """An adapter with random ``b`` and a scale of its own, so that it changes its model."""
+
+    def fill(adapter: jl.Adapter, seed: int = 0, scale: float = 0.7) -> jl.Adapter:
+        rng = np.random.default_rng(seed)
+
+        def one(f: jl.LoraFactors) -> jl.LoraFactors:
+            a = jnp.asarray(rng.normal(size=f.a.shape), f.a.dtype)
+            b = jnp.asarray(rng.normal(size=f.b.shape), f.b.dtype)
+            return dataclasses.replace(f, a=a, b=b, scale=jnp.float32(scale))
+
+        return jl.Adapter({path: one(f) for path, f in adapter.items()})
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def planned(filled: Callable[..., jl.Adapter]) -> Callable[..., jl.Adapter]:
+    """An adapter of rank 2 for all that a function uses as a matrix, with random ``b``."""
+
+    def adapter(fun: Any, params: Any, *args: Any, rank: int = 2, seed: int = 0) -> jl.Adapter:
+        plan = jl.plan(fun, params, *args, config=jl.LoraConfig(rank=rank))
+        fresh = jax.eval_shape(lambda: jl.init(jax.random.key(seed), params, plan))
+        return filled(fresh, seed)
+
+    return adapter
+
+
+@pytest.fixture(scope="session")
+def normal() -> Callable[..., jax.Array]:
+    """Reproducible normal float32 numbers: ``normal(4, 3)`` has the shape ``[4, 3]``."""
+
+    def draw(*shape: int, seed: int = 1) -> jax.Array:
+        return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def check_dense() -> Callable[..., None]:
+    """Compare `apply` with the dense float64 model: outputs, and gradients of ``a, b, scale``."""
+
+    def check(
+        fun: Callable[..., Any],
+        params: Any,
+        adapter: jl.Adapter,
+        *args: Any,
+        strict: bool = True,
+        tol: float = 2e-6,
+        grad: bool = True,
+    ) -> None:
+        rng = np.random.default_rng(7)
+        shape = jax.eval_shape(fun, params, *args).shape
+        cotangent = rng.normal(size=shape)
+        adapted = jl.apply(fun, strict=strict)
+
+        def loss(adapter: jl.Adapter) -> tuple[jax.Array, jax.Array]:
+            out = adapted(params, adapter, *args)
+            return (out * jnp.asarray(cotangent, out.dtype)).sum(), out
+
+        def dense_loss(dense: Any) -> tuple[jax.Array, jax.Array]:
+            out = fun(dense, *_wide(args))
+            return (out.astype(jnp.float64) * cotangent).sum(), out
+
+        def compiled(loss: Any) -> Any:
+            fun = jax.grad(loss, has_aux=True) if grad else lambda tree: (None, loss(tree)[1])
+            return jax.jit(fun, compiler_options=QUICK)
+
+        got_grad, got = compiled(loss)(adapter)
+        with _enable_x64(True):
+            run = compiled(dense_loss)
+            _, base = run(_wide(params))
+            dense_grad, want = run(_dense64(params, adapter))
+            base, want = np.asarray(base, np.float64), np.asarray(want, np.float64)
+        size = np.abs(want).max()
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tol * size)
+        # The adapter has to matter, or everything above holds without it.
+        assert np.abs(want - base).max() > max(10 * tol, 0.02) * size
+        if not grad:
+            return
+        by_path = {
+            jax.tree_util.keystr(key_path, simple=True, separator="/"): np.asarray(leaf)
+            for key_path, leaf in jax.tree_util.tree_leaves_with_path(dense_grad)
+        }
+        for path, f in adapter.items():
+            # Closed form: with G = dL/dW, dA = s G B^T, dB = s A^T G, ds = <G, A B>.
+            layout, s = f.layout, float(f.scale)
+            a, b, g = (np.asarray(v, np.float64) for v in (f.a, f.b, by_path[path]))
+            in_w = _letters(tuple(range(len(layout.shape))))
+            in_a, in_b = _letters(layout.a_axes), _letters(layout.b_axes)
+            wanted = {
+                "a": s * np.einsum(f"{in_w},{in_b}->{in_a}", g, b),
+                "b": s * np.einsum(f"{in_a},{in_w}->{in_b}", a, g),
+                "scale": np.sum(g * _delta64(f)) / s,
+            }
+            for name, value in wanted.items():
+                atol = 5 * tol * max(np.abs(value).max(), np.abs(g).max())
+                found = np.asarray(getattr(got_grad[path], name), np.float64)
+                np.testing.assert_allclose(
+                    found, value, rtol=0, atol=atol, err_msg=f"{path} {name}"
+                )
+            assert np.abs(wanted["b"]).max() > 0
+
+    return check

@@ -1,0 +1,125 @@
+"""A configuration is checked when it is made, and survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+import jax_lora as jl
+from jax_lora.config import glob_matches
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("rank", 0, "a rank of at least 1"),
+        ("rank", -3, "a rank of at least 1"),
+        ("rank", 8.0, "a rank of at least 1"),
+        ("rank", "8", "a rank of at least 1"),
+        ("rank", True, "a rank of at least 1"),
+        ("alpha", math.inf, "alpha to be a finite number"),
+        ("alpha", -math.inf, "alpha to be a finite number"),
+        ("alpha", math.nan, "alpha to be a finite number"),
+        ("alpha", "16", "alpha to be a finite number"),
+        ("alpha", None, "alpha to be a finite number"),
+        ("alpha", True, "alpha to be a finite number"),
+        ("scaling", "rs-lora", "scaling to be one of standard, rslora, alpha"),
+        ("scaling", None, "scaling to be one of standard, rslora, alpha"),
+        ("init", "kaimin", "init to be one of kaiming, gaussian, article"),
+        ("init", 3, "init to be one of kaiming, gaussian, article"),
+        ("dtype", "int8", "a floating-point dtype"),
+        ("dtype", "float23", "a floating-point dtype"),
+        ("targets", ("**/kernel", ""), "targets to be globs"),
+        ("targets", (3,), "targets to be globs"),
+        ("targets", 3, "targets to be globs"),
+        ("targets", "", "targets to be globs"),
+        ("exclude", None, "exclude to be globs"),
+        ("exclude", ("",), "exclude to be globs"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_was_expected(
+    field: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(jl.ConfigError) as error:
+        jl.LoraConfig(**{field: value})
+    assert f"expected {expected}" in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+def test_no_target_is_refused() -> None:
+    with pytest.raises(jl.ConfigError, match="expected at least one target, got none"):
+        jl.LoraConfig(targets=())
+
+
+def test_a_misspelt_choice_names_the_nearest() -> None:
+    with pytest.raises(jl.ConfigError, match="nearest: 'rslora'"):
+        jl.LoraConfig(scaling="rs-lora")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "scale"), [("standard", 24 / 16), ("rslora", 24 / 4), ("alpha", 24.0)]
+)
+def test_scale(scaling: Any, scale: float) -> None:
+    assert jl.LoraConfig(rank=16, alpha=24.0, scaling=scaling).scale == scale
+
+
+def test_one_glob_needs_no_tuple() -> None:
+    assert jl.LoraConfig(targets="**/kernel", exclude="head/*").targets == ("**/kernel",)
+    assert jl.LoraConfig(exclude="head/*").exclude == ("head/*",)  # type: ignore[arg-type]
+    assert jl.LoraConfig(targets=["a", "b"]).targets == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_it_is_frozen_and_hashable() -> None:
+    config = jl.LoraConfig(rank=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 4  # type: ignore[misc]
+    assert {config: 1}[jl.LoraConfig(rank=3)] == 1
+
+
+def test_json_round_trip() -> None:
+    config = jl.LoraConfig(
+        rank=3,
+        alpha=-0.25,
+        targets=("enc/**", "dec/*/kernel"),
+        exclude=("**/head/*",),
+        scaling="rslora",
+        init="gaussian",
+        dtype="bfloat16",
+    )
+    # Every field differs from its default, so that none can be forgotten unseen.
+    for field in dataclasses.fields(config):
+        assert getattr(config, field.name) != getattr(jl.LoraConfig(), field.name)
+    data = config.to_json()
+    assert set(data) == {field.name for field in dataclasses.fields(config)}
+    assert jl.LoraConfig.from_json(json.loads(json.dumps(data))) == config
+    assert jl.LoraConfig.from_json({}) == jl.LoraConfig()
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(jl.ConfigError, match=r"expected the fields alpha, .*; got also r, lr"):
+        jl.LoraConfig.from_json({"r": 8, "rank": 8, "lr": 0.1})
+    with pytest.raises(jl.ConfigError, match="rank of at least 1"):
+        jl.LoraConfig.from_json({"rank": 0})
+
+
+@pytest.mark.parametrize(
+    ("glob", "matching", "other"),
+    [
+        ("**/kernel", ["kernel", "a/kernel", "a/b/kernel"], ["kernels", "a/xkernel", "kernel/a"]),
+        ("*/kernel", ["a/kernel", "/kernel"], ["kernel", "a/b/kernel"]),
+        ("*", ["kernel"], ["a/kernel"]),
+        ("**", ["kernel", "a/b/c"], []),
+        ("enc/**", ["enc", "enc/a", "enc/a/b"], ["encoder", "x/enc/a"]),
+        ("enc/**/w", ["enc/w", "enc/a/w", "enc/a/b/w"], ["w", "enc/aw", "encw"]),
+        ("l?/w", ["l1/w", "lx/w"], ["l/w", "l12/w", "l//w"]),
+        ("l[1]/w+", ["l[1]/w+"], ["l1/w", "l1/ww"]),
+        ("a.b", ["a.b"], ["axb", "a.b\n"]),
+        ("l*/w*", ["l1/w", "l/weight"], ["l1/x/w", "xl/w"]),
+    ],
+)
+def test_globs(glob: str, matching: list[str], other: list[str]) -> None:
+    assert [path for path in (*matching, *other) if glob_matches(glob, path)] == matching

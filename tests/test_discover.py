@@ -1,0 +1,246 @@
+"""The axes of a weight are read from what a function does with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jax_lora as jl
+from jax_lora.discover import Use, low_rank_multiply_adds
+
+
+def _shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _scan(params: Any, x: Any) -> Any:
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+
+@jax.custom_jvp
+def _own_jvp(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+@jax.custom_vjp
+def _own_vjp(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+_own_vjp.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+# fun, the weight's shape, the input's shape, (in, out, stack), multiply-adds
+PRODUCTS: dict[str, Any] = {
+    "x W": (lambda p, x: x @ p["w"], (6, 4), (5, 6), ((0,), (1,), ()), 5 * 24),
+    "x W^T": (lambda p, x: x @ p["w"].T, (4, 6), (5, 6), ((1,), (0,), ()), 5 * 24),
+    "W x": (lambda p, x: p["w"] @ x, (4, 6), (6, 5), ((1,), (0,), ()), 5 * 24),
+    "heads out": (
+        lambda p, x: jnp.einsum("bti,ihd->bthd", x, p["w"]),
+        (6, 2, 3),
+        (5, 7, 6),
+        ((0,), (1, 2), ()),
+        35 * 36,
+    ),
+    "heads in": (
+        lambda p, x: jnp.einsum("bthd,hdo->bto", x, p["w"]),
+        (2, 3, 6),
+        (5, 7, 2, 3),
+        ((0, 1), (2,), ()),
+        35 * 36,
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]),
+        (3, 6, 4),
+        (3, 5, 6),
+        ((1,), (2,), (0,)),
+        15 * 24,
+    ),
+    "reshaped heads": (
+        lambda p, x: x @ p["w"].reshape(6, 6),
+        (6, 2, 3),
+        (5, 6),
+        ((0,), (1, 2), ()),
+        5 * 36,
+    ),
+    "scan": (_scan, (3, 4, 4), (5, 4), ((1,), (2,), (0,)), 3 * 5 * 16),
+    "scan of scan": (
+        lambda p, x: lax.scan(lambda x, w: (_scan({"w": w}, x), None), x, p["w"])[0],
+        (2, 3, 4, 4),
+        (5, 4),
+        ((2,), (3,), (0, 1)),
+        6 * 5 * 16,
+    ),
+    "scan with the weight constant": (
+        lambda p, x: lax.scan(lambda x, _: (x @ p["w"], None), x, None, length=3)[0],
+        (4, 4),
+        (5, 4),
+        ((0,), (1,), ()),
+        3 * 5 * 16,
+    ),
+    "scan with the weight carried": (
+        lambda p, x: lax.scan(lambda c, _: ((c[0] @ c[1], c[1]), None), (x, p["w"]), None, 3)[0][0],
+        (4, 4),
+        (5, 4),
+        ((0,), (1,), ()),
+        3 * 5 * 16,
+    ),
+    "one layer of a stack": (
+        lambda p, x: x @ p["w"][1],
+        (3, 6, 4),
+        (5, 6),
+        ((1,), (2,), (0,)),
+        5 * 24,
+    ),
+    "a layer by a traced index": (
+        lambda p, x: (
+            x @ lax.dynamic_index_in_dim(p["w"], x.shape[0] * x[0, 0].astype(jnp.int32))[0]
+        ),
+        (3, 6, 4),
+        (5, 6),
+        ((1,), (2,), (0,)),
+        5 * 24,
+    ),
+    "vmap over layers": (
+        lambda p, x: jax.vmap(jnp.matmul, in_axes=(None, 0))(x, p["w"]),
+        (3, 6, 4),
+        (5, 6),
+        None,
+        3 * 5 * 24,
+    ),
+    "jit": (jax.jit(lambda p, x: x @ p["w"]), (6, 4), (5, 6), ((0,), (1,), ()), 5 * 24),
+    "remat": (jax.checkpoint(lambda p, x: x @ p["w"]), (6, 4), (5, 6), ((0,), (1,), ()), 5 * 24),
+    "custom_jvp": (
+        lambda p, x: _own_jvp(x, p["w"]),
+        (6, 4),
+        (5, 6),
+        ((0,), (1,), ()),
+        5 * 24,
+    ),
+    "custom_vjp": (
+        lambda p, x: _own_vjp(x, p["w"]),
+        (6, 4),
+        (5, 6),
+        ((0,), (1,), ()),
+        5 * 24,
+    ),
+    "cast": (
+        lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16),
+        (6, 4),
+        (5, 6),
+        ((0,), (1,), ()),
+        5 * 24,
+    ),
+    "scaled": (lambda p, x: x @ (-p["w"] / 2.0), (6, 4), (5, 6), ((0,), (1,), ()), 5 * 24),
+    "new axis": (lambda p, x: x @ p["w"][None], (6, 4), (5, 6), ((0,), (1,), ()), 5 * 24),
+}
+
+_own_jvp.defjvp(lambda primals, tangents: (_own_jvp(*primals), tangents[0] @ primals[1]))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name: str) -> None:
+    fun, weight, x, roles, cost = PRODUCTS[name]
+    (use,) = jl.discover(fun, {"w": _shape(*weight)}, _shape(*x))["w"]
+    assert use.primitive == "dot_general"
+    assert use.multiply_adds == cost
+    if roles is None:  # vmap of a product with an unbatched x: the layers are more outputs
+        roles = ((1,), (0, 2), ())
+    assert (use.in_axes, use.out_axes, use.stack_axes) == roles
+    assert use.layout(weight) == jl.Layout(weight, *roles)
+
+
+def test_uses_keep_the_order_of_the_program_and_unused_parameters_come_last() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        return (x @ p["z"] + p["bias"]) @ p["a"]
+
+    params = {name: _shape(4, 4) for name in ("a", "m", "z")} | {"bias": _shape(4)}
+    uses = jl.discover(fun, params, _shape(5, 4))
+    assert list(uses) == ["z", "bias", "a", "m"]
+    assert uses["m"] == ()
+
+
+def test_an_elementwise_use_is_no_product() -> None:
+    (use,) = jl.discover(lambda p, x: x + p["bias"], {"bias": _shape(4)}, _shape(5, 4))["bias"]
+    assert (use.primitive, use.in_axes, use.out_axes) == ("add", (), (0,))
+    assert (use.multiply_adds, use.output_shape) == (20, (5, 4))
+    assert use.layout((4,)) is None
+
+
+def test_a_product_that_leaves_no_output_axis_is_no_matrix() -> None:
+    (use,) = jl.discover(lambda p, x: x @ p["v"], {"v": _shape(4)}, _shape(5, 4))["v"]
+    assert use.primitive == "dot_general"
+    assert use.layout((4,)) is None
+
+
+def test_a_gather_is_recorded_and_is_no_product() -> None:
+    def fun(p: Any, ids: Any) -> Any:
+        return p["table"][ids] @ p["table"].T
+
+    gather, product = jl.discover(fun, {"table": _shape(9, 4)}, _shape(5, dtype=jnp.int32))["table"]
+    assert (gather.primitive, gather.multiply_adds) == ("gather", 0)
+    assert gather.layout((9, 4)) is None
+    assert product.layout((9, 4)) == jl.Layout((9, 4), (1,), (0,))
+
+
+def test_a_scalar_parameter_scales_a_weight() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        return x @ (p["gain"] * p["w"])
+
+    uses = jl.discover(fun, {"gain": _shape(), "w": _shape(6, 4)}, _shape(5, 6))
+    assert [use.primitive for use in uses["gain"]] == ["mul"]
+    assert [use.primitive for use in uses["w"]] == ["dot_general"]
+
+
+def test_two_weights_multiplied_elementwise_are_two_uses() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        return x @ (p["mask"] * p["w"])
+
+    uses = jl.discover(fun, {"mask": _shape(6, 4), "w": _shape(6, 4)}, _shape(5, 6))
+    assert [use.primitive for use in (*uses["mask"], *uses["w"])] == ["mul", "mul"]
+
+
+def test_printing_is_no_use() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        jax.debug.print("{}", p["w"])
+        return x @ p["w"]
+
+    (use,) = jl.discover(fun, {"w": _shape(6, 4)}, _shape(5, 6))["w"]
+    assert use.primitive == "dot_general"
+
+
+def test_leaves_that_are_not_arrays_are_left_out() -> None:
+    params = {"w": _shape(6, 4), "eps": 1e-5, "act": jax.nn.relu, "nothing": None}
+    uses = jl.discover(lambda p, x: p["act"](x @ p["w"]) + p["eps"], params, _shape(5, 6))
+    assert list(uses) == ["w"]
+
+
+def test_nothing_is_computed(normal: Any) -> None:
+    """A 4 TiB weight: shapes are enough."""
+    huge = {"w": _shape(2**20, 2**20)}
+    (use,) = jl.discover(lambda p, x: x @ p["w"], huge, _shape(2**20, 2**20))["w"]
+    assert use.multiply_adds == 2**60
+
+
+def test_shapes_and_dtypes_of_a_use() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        return lax.dot_general(
+            x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    weight, x = _shape(6, 4, dtype=jnp.bfloat16), _shape(5, 6, dtype=jnp.bfloat16)
+    (use,) = jl.discover(fun, {"w": weight}, x)["w"]
+    assert (use.input_shape, use.output_shape, use.output_bytes) == ((5, 6), (5, 4), 80)
+
+
+def test_low_rank_multiply_adds_in_closed_form() -> None:
+    layout = jl.Layout((3, 6, 4), (1,), (2,), (0,))
+    use = Use("dot_general", (1,), (2,), (0,), (5, 6), (5, 4), "float32", 3 * 5 * 24)
+    other = Use("add", (), (2,), (), (5, 6), (5, 4), "float32", 1000)
+    # Three layers of 5 rows, each 2 x (6 + 4); the elementwise use adds nothing.
+    assert low_rank_multiply_adds(layout, 2, [use, other]) == 3 * 5 * 2 * 10
+    assert low_rank_multiply_adds(layout, 2, [use, use]) == 2 * 3 * 5 * 2 * 10
