@@ -1,0 +1,72 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_lora as jl
+from jax_lora.models import MLP
+
+README = Path(__file__).parents[1] / "README.md"
+# A context manager would hide the README's own lines; orbax closes its threads when collected.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
+    model = MLP((8, 3))
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    params = model.init(jax.random.key(0), x)
+    names = {
+        "model": model,
+        "params": params,
+        "x": x,
+        "y": jnp.array([0, 1, 2, 0, 1]),
+        "loss_fun": lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(
+            logits, y
+        ).mean(),
+    }
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    # optax.adam itself mixes dtypes, which the strict promotion of these tests refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        exec(blocks[0], names)
+    adapter, plan = names["adapter"], names["plan"]
+    assert set(plan.targets) == {"params/l1/kernel", "params/l2/kernel"}
+    # Adam's first step moves each b by the learning rate, as every b has a gradient.
+    assert all(float(jnp.abs(f.b).max()) > 0.9e-3 for f in adapter.values())
+
+    exec(blocks[1], names)
+    for path, factors in names["adapter"].items():
+        np.testing.assert_array_equal(factors.a, adapter[path].a)
+    assert names["config"] == plan.config
+    np.testing.assert_allclose(
+        model.apply(names["merged"], x),
+        jl.apply(model.apply)(params, adapter, x),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+    exec(blocks[2], names)
+    np.testing.assert_array_equal(
+        names["arrays"]["params/l1/kernel"]["a"], adapter["params/l1/kernel"].a
+    )
+
+
+def test_the_tree_names_what_exists():
+    tree = README.read_text().split("## Where things are")[1].split("## References")[0]
+    named = set(re.findall(r"\b([a-z_]+\.py|[a-z_]+/)(?=\s)", tree))
+    package = README.parent / "jax_lora"
+    present = {p.name for p in package.glob("*.py")} | {
+        f"{p.parent.name}/" for p in package.glob("*/__init__.py")
+    }
+    assert present - {"__init__.py", "tables.py"} <= named | {"structural.py"}
+    for name in named:
+        assert any(
+            (root / name).exists() for root in (README.parent, package, package / "interpreter")
+        ), name
