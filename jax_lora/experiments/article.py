@@ -141,10 +141,21 @@ def predict_lora(model: MLP) -> Any:
     return lambda adapter, params, images: adapted(params, adapter, images)
 
 
+def network(options: Any, dataset: Dataset) -> MLP:
+    """The network that `Pretrain` or `Reproduce` describe."""
+    return MLP((*[options.hidden_dim] * options.num_hidden, dataset.num_classes))
+
+
+def plan_lora(options: Any, model: MLP, params: Any, dataset: Dataset) -> jl.Plan:
+    """What `FinetuneLora` or `Reproduce` adapt; ``params`` may be abstract."""
+    batch = (options.batch_size, int(np.prod(dataset.image_shape)))
+    example = jax.ShapeDtypeStruct(batch, np.float32)
+    return jl.plan(model.apply, params, example, config=options.lora_config())
+
+
 def pretrain(options: Any, dataset: Dataset) -> tuple[MLP, Phase]:
     """Train the network from scratch, as `Pretrain` or `Reproduce` say."""
-    features = (*[options.hidden_dim] * options.num_hidden, dataset.num_classes)
-    model = MLP(features)
+    model = network(options, dataset)
     init_key, shuffle_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), 0))
     example = np.zeros((1, int(np.prod(dataset.image_shape))), np.float32)
     params = jax.jit(model.init)(init_key, example)
@@ -164,10 +175,7 @@ def pretrain(options: Any, dataset: Dataset) -> tuple[MLP, Phase]:
 def finetune(options: Any, model: MLP, params: Any, dataset: Dataset) -> tuple[jl.Plan, Phase]:
     """Train an adapter beside frozen parameters, as `FinetuneLora` or `Reproduce` say."""
     init_key, shuffle_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), 1))
-    example = jax.ShapeDtypeStruct(
-        (options.batch_size, int(np.prod(dataset.image_shape))), np.float32
-    )
-    plan = jl.plan(model.apply, params, example, config=options.lora_config())
+    plan = plan_lora(options, model, params, dataset)
     adapter = jl.init(init_key, params, plan)
     phase = fit(
         predict_lora(model),
@@ -317,6 +325,10 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
     dataset = load_data(options)
     data_seconds = time.perf_counter() - start
     print(f"data: {dataset.source} ({data_seconds:.1f} s)")
+    # Refuse a rank or a target that this network does not have before it is trained.
+    model = network(options, dataset)
+    image = jax.ShapeDtypeStruct((1, int(np.prod(dataset.image_shape))), np.float32)
+    plan_lora(options, model, jax.eval_shape(model.init, jax.random.key(0), image), dataset)
 
     model, base = pretrain(options, dataset)
     save_base(out / BASE, model, dataset, base)
