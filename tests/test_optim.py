@@ -1,0 +1,279 @@
+"""Only `a` and `b` move, nothing else has state, and no gradient of a frozen weight is computed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_lora as jl
+from jax_lora.models import MLP
+from jax_lora.optim import FROZEN, TRAINED, labels, lora_optimizer
+from jax_lora.training import Batch, TrainState, train_step
+
+# The article's network. The batch of 16 is a size that no weight or factor has.
+SIZES = ((3072, 128), (128, 128), (128, 10))
+RANK, BATCH = 32, 16
+FACTORS = sum(RANK * (n_in + n_out) for n_in, n_out in SIZES)
+MODEL = MLP(tuple(n_out for _, n_out in SIZES))
+ADAPTED = jl.apply(MODEL.apply)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.ones((1, 3072)))
+
+
+@pytest.fixture(scope="module")
+def adapter(params: Any) -> jl.Adapter:
+    """An adapter in the middle of training: `b` is not zero, so every gradient is nonzero."""
+    config = jl.LoraConfig(rank=RANK, alpha=0.5, scaling="alpha", targets="**/kernel")
+    x = jax.ShapeDtypeStruct((BATCH, 3072), jnp.float32)
+    fresh = jl.init(jax.random.key(1), params, jl.plan(MODEL.apply, params, x, config=config))
+    noise = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: leaf + noise.normal(0, 0.02, leaf.shape).astype(np.float32), fresh
+    )
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (BATCH, 3072)).astype(np.float32)
+    labels = rng.integers(0, 10, BATCH, np.int32)
+    return Batch((jnp.asarray(images), jnp.asarray(labels)), jnp.ones(BATCH))
+
+
+def loss_of_adapter(adapter: Any, params: Any, data: Any) -> jax.Array:
+    images, classes = data
+    return optax.softmax_cross_entropy_with_integer_labels(
+        ADAPTED(params, adapter, images), classes
+    )
+
+
+def loss_of_both(both: Any, frozen: None, data: Any) -> jax.Array:
+    return loss_of_adapter(both["lora"], both["base"], data)
+
+
+def sgd() -> optax.GradientTransformation:
+    return optax.sgd(0.01, momentum=0.9)
+
+
+def run(
+    loss: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    trained: Any,
+    frozen: Any,
+    batch: Batch,
+    steps: int = 3,
+) -> Any:
+    """What is trained, after some steps on the same batch."""
+    state = TrainState.create(trained, optimizer, frozen)
+    step = jax.jit(train_step(loss, optimizer))
+    # Adam's bias correction and MultiSteps, in optax, mix float32 with int32 counters.
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(steps):
+            state, _ = step(state, batch)
+    return state.trained
+
+
+def moved(before: Any, after: Any) -> dict[str, bool]:
+    """Whether each leaf changed in any bit, by its path."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return {
+        jax.tree_util.keystr(path): np.asarray(old).tobytes() != np.asarray(new).tobytes()
+        for (path, old), new in pairs
+    }
+
+
+class TestLabels:
+    def test_of_an_adapter(self, adapter: jl.Adapter) -> None:
+        tree = labels(adapter)
+        assert isinstance(tree, jl.Adapter)
+        assert list(tree) == list(adapter)
+        for factors in tree.values():
+            assert (factors.a, factors.b, factors.scale) == (TRAINED, TRAINED, FROZEN)
+
+    def test_of_a_tree_that_holds_adapters(self, params: Any, adapter: jl.Adapter) -> None:
+        tree = {"base": params, "lora": [adapter, {"other": adapter}]}
+        found = labels(tree)
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
+        counts = Counter(jax.tree.leaves(found))
+        # Two factors and a scale for each of three layers of each adapter; six leaves of the base.
+        assert counts == {TRAINED: 2 * 6, FROZEN: 2 * 3 + 6}
+        assert set(jax.tree.leaves(found["base"])) == {FROZEN}
+
+    def test_what_is_called_a_but_is_no_factor_is_frozen(self) -> None:
+        assert labels({"a": jnp.ones(2), "b": jnp.ones(2)}) == {"a": FROZEN, "b": FROZEN}
+
+
+class TestWhatMoves:
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            sgd(),
+            optax.adamw(0.01, weight_decay=0.1),
+            optax.MultiSteps(
+                optax.chain(optax.clip_by_global_norm(0.1), sgd()), every_k_schedule=2
+            ).gradient_transformation(),
+        ],
+        ids=["sgd", "adamw", "clipped-accumulated"],
+    )
+    def test_only_a_and_b_and_as_they_do_without_the_base(
+        self, params: Any, adapter: jl.Adapter, batch: Batch, inner: optax.GradientTransformation
+    ) -> None:
+        both = {"base": params, "lora": adapter}
+        after = run(loss_of_both, lora_optimizer(inner), both, None, batch)
+        for path, changed in moved(both, after).items():
+            assert changed == path.endswith((".a", ".b")), path
+
+        alone = run(loss_of_adapter, lora_optimizer(inner), adapter, params, batch)
+        assert not any(c for path, c in moved(adapter, alone).items() if path.endswith(".scale"))
+        # The same operations, which XLA may fuse differently: float32 rounding over three steps,
+        # which Adam's division by the root of tiny squares magnifies.
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+            alone,
+            after["lora"],
+        )
+
+    def test_without_the_labels_everything_moves(
+        self, params: Any, adapter: jl.Adapter, batch: Batch
+    ) -> None:
+        """The control: every frozen leaf has a gradient, and only the labels hold it back."""
+        both = {"base": params, "lora": adapter}
+        assert all(moved(both, run(loss_of_both, sgd(), both, None, batch)).values())
+
+    def test_masked_alone_would_let_raw_gradients_through(
+        self, params: Any, adapter: jl.Adapter, batch: Batch
+    ) -> None:
+        """Why it is `multi_transform`: `optax.masked` passes on what it does not transform."""
+        both = {"base": params, "lora": adapter}
+        optimizer = optax.masked(sgd(), lambda t: jax.tree.map(lambda x: x == TRAINED, labels(t)))
+        after = moved(both, run(loss_of_both, optimizer, both, None, batch))
+        assert any(changed for path, changed in after.items() if "base" in path)
+
+
+class TestState:
+    @pytest.mark.parametrize("beside_the_base", [False, True])
+    @pytest.mark.parametrize(
+        ("inner", "moments", "counters"),
+        [(sgd(), 1, 0), (optax.adam(1e-3), 2, 1), (optax.sgd(1e-3), 0, 0)],
+        ids=["momentum", "adam", "plain"],
+    )
+    def test_is_the_factors_and_nothing_else(
+        self,
+        params: Any,
+        adapter: jl.Adapter,
+        inner: optax.GradientTransformation,
+        moments: int,
+        counters: int,
+        beside_the_base: bool,
+    ) -> None:
+        trained = {"base": params, "lora": adapter} if beside_the_base else adapter
+        arrays = jax.tree.leaves(lora_optimizer(inner).init(trained))
+        assert sum(array.size for array in arrays) == moments * FACTORS + counters
+        assert sum(array.nbytes for array in arrays) == 4 * (moments * FACTORS + counters)
+        assert FACTORS == adapter.trainable_params == 115_008
+
+    def test_clipping_and_accumulation_outside_hold_state_for_the_base(
+        self, params: Any, adapter: jl.Adapter
+    ) -> None:
+        """The control, and why the docstring says inside."""
+        both = {"base": params, "lora": adapter}
+        inside = lora_optimizer(optax.MultiSteps(sgd(), 2).gradient_transformation())
+        outside = optax.MultiSteps(lora_optimizer(sgd()), 2).gradient_transformation()
+        sizes = [
+            sum(array.size for array in jax.tree.leaves(optimizer.init(both)))
+            for optimizer in (inside, outside)
+        ]
+        base = sum(leaf.size for leaf in jax.tree.leaves(params))
+        scales = len(SIZES)
+        assert sizes[1] - sizes[0] == base + scales
+
+
+class TestCompiledStep:
+    """The text that XLA prints of the compiled step, with the state donated."""
+
+    # A line of HLO: "%name = f32[3072,128]{1,0} opcode(". Tuples are no arrays and do not match.
+    LINE = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* ([\w\-]+)\(", re.MULTILINE)
+    # What names or moves a value without computing one.
+    PASSIVE = ("parameter", "get-tuple-element", "copy", "copy-start", "copy-done", "bitcast")
+    PRODUCTS = ("dot", "convolution", "custom-call")
+
+    def operations(
+        self,
+        loss: Callable[..., jax.Array],
+        optimizer: optax.GradientTransformation,
+        trained: Any,
+        frozen: Any,
+        batch: Batch,
+    ) -> list[tuple[tuple[int, ...], str]]:
+        state = TrainState.create(trained, optimizer, frozen)
+        step = jax.jit(train_step(loss, optimizer), donate_argnums=0)
+        text = step.lower(state, batch).compile().as_text()
+        found = self.LINE.findall(text)
+        return [(tuple(map(int, filter(None, dims.split(",")))), op) for dims, op in found]
+
+    def weight_shaped(self, operations: list[tuple[tuple[int, ...], str]]) -> Counter[str]:
+        """The operations that compute something of the shape of a kernel, by name.
+
+        The last layer's 128 x 10 is left out: XLA may pad so small a matrix to another shape.
+        """
+        shapes = {shape for size in SIZES[:2] for shape in (size, size[::-1])}
+        return Counter(op for shape, op in operations if shape in shapes and op not in self.PASSIVE)
+
+    def products(self, operations: list[tuple[tuple[int, ...], str]]) -> int:
+        return sum(op in self.PRODUCTS for _, op in operations)
+
+    def test_computes_no_gradient_of_a_frozen_weight(
+        self, params: Any, adapter: jl.Adapter, batch: Batch
+    ) -> None:
+        both = {"base": params, "lora": adapter}
+        clip = optax.clip_by_global_norm(1.0)
+        compile_both = lambda optimizer: self.operations(  # noqa: E731
+            loss_of_both, optimizer, both, None, batch
+        )
+        alone = self.operations(loss_of_adapter, lora_optimizer(sgd()), adapter, params, batch)
+        beside = compile_both(lora_optimizer(sgd()))
+        clipped_inside = compile_both(lora_optimizer(optax.chain(clip, sgd())))
+        for operations in (alone, beside, clipped_inside):
+            assert not self.weight_shaped(operations)
+            # Forward x W, x A, (x A) B in each of three layers. Backward in each layer, from the
+            # gradient dy of its output: dB, dy B', dA; and, except in the first, through W and A.
+            assert self.products(operations) == 3 * 3 + 3 * 3 + 2 * 2
+
+        # The control: with these, every frozen weight's gradient is a product more.
+        for optimizer in (optax.chain(clip, lora_optimizer(sgd())), sgd()):
+            operations = compile_both(optimizer)
+            assert self.weight_shaped(operations)["dot"] >= 2
+            assert self.products(operations) == 22 + 3
+
+    def test_donated_state_is_reused(self, params: Any, adapter: jl.Adapter, batch: Batch) -> None:
+        """Differentiating the whole tree does not copy the base, which comes out as it went in."""
+        both = {"base": params, "lora": adapter}
+        state = TrainState.create(both, lora_optimizer(sgd()))
+        state = jax.tree.map(jnp.copy, state)
+        pointers = {
+            path: leaf.unsafe_buffer_pointer() for path, leaf in leaves_by_path(state.trained)
+        }
+        step = jax.jit(train_step(loss_of_both, lora_optimizer(sgd())), donate_argnums=0)
+        after, _ = step(state, batch)
+        for path, leaf in leaves_by_path(after.trained):
+            assert leaf.unsafe_buffer_pointer() == pointers[path], path
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
+
+
+def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        (jax.tree_util.keystr(path), leaf) for path, leaf in leaves if math.prod(leaf.shape) > 1
+    ]
