@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -64,11 +64,13 @@ class Evaluate(DataOptions):
     """Measure the accuracy of a base, with or without an adapter.
 
     Attributes:
+        dataset: By default the one that the base was trained on.
         base: The checkpoint of the base.
         adapter: The checkpoint of an adapter.
         merge: Fold the adapter into the base before evaluating.
     """
 
+    dataset: Literal["auto", "cifar10", "digits"] = "auto"
     base: Path
     adapter: Path | None = None
     merge: bool = False
@@ -151,6 +153,13 @@ def plan_lora(options: Any, model: MLP, params: Any, dataset: Dataset) -> jl.Pla
     batch = (options.batch_size, int(np.prod(dataset.image_shape)))
     example = jax.ShapeDtypeStruct(batch, np.float32)
     return jl.plan(model.apply, params, example, config=options.lora_config())
+
+
+def check_lora(options: Any, dataset: Dataset) -> None:
+    """Refuse a rank or a target that the network does not have before it is trained."""
+    model = network(options, dataset)
+    image = jax.ShapeDtypeStruct((1, int(np.prod(dataset.image_shape))), np.float32)
+    plan_lora(options, model, jax.eval_shape(model.init, jax.random.key(0), image), dataset)
 
 
 def pretrain(options: Any, dataset: Dataset) -> tuple[MLP, Phase]:
@@ -325,10 +334,7 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
     dataset = load_data(options)
     data_seconds = time.perf_counter() - start
     print(f"data: {dataset.source} ({data_seconds:.1f} s)")
-    # Refuse a rank or a target that this network does not have before it is trained.
-    model = network(options, dataset)
-    image = jax.ShapeDtypeStruct((1, int(np.prod(dataset.image_shape))), np.float32)
-    plan_lora(options, model, jax.eval_shape(model.init, jax.random.key(0), image), dataset)
+    check_lora(options, dataset)
 
     model, base = pretrain(options, dataset)
     save_base(out / BASE, model, dataset, base)

@@ -26,8 +26,11 @@ def main(
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit code: 0; 1 after a failed write or an error of this library, of which one line was
-        printed; 130 after Ctrl-C. What was saved before either stays valid.
+        The exit code: 0; 1 after a failed write or an error of this library, which was printed;
+        130 after Ctrl-C. What was saved before either stays valid.
+
+    Raises:
+        SystemExit: With code 2 after options that cannot be parsed, with code 0 after --help.
     """
     try:
         run(tyro.cli(options, args=argv))

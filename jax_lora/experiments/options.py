@@ -13,20 +13,21 @@ import optax
 from jax_lora.config import Init, LoraConfig, Scaling
 from jax_lora.errors import ConfigError
 
+_NO_LIMIT = sys.float_info.max
 #: The least and the largest value of each number, where the library itself does not check it.
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "learning_rate": (0, sys.float_info.max),
+    "epochs": (1, _NO_LIMIT),
+    "batch_size": (1, _NO_LIMIT),
+    "learning_rate": (0, _NO_LIMIT),
     "momentum": (0, 1),
-    "weight_decay": (0, sys.float_info.max),
-    "num_devices": (1, math.inf),
-    "hidden_dim": (1, math.inf),
-    "num_hidden": (1, math.inf),
-    "input_dim": (1, math.inf),
-    "num_classes": (1, math.inf),
-    "num_seeds": (1, math.inf),
+    "weight_decay": (0, _NO_LIMIT),
+    "num_devices": (1, _NO_LIMIT),
+    "hidden_dim": (1, _NO_LIMIT),
+    "num_hidden": (1, _NO_LIMIT),
+    "input_dim": (1, _NO_LIMIT),
+    "num_classes": (1, _NO_LIMIT),
+    "num_seeds": (1, _NO_LIMIT),
 }
 
 
@@ -45,7 +46,8 @@ class Options:
             low, high = _RANGES.get(name, (-math.inf, math.inf))
             if name in _RANGES and value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
-                problems.append(f"--{option} from {low:g} to {high:g}, got {value}")
+                span = f"from {low} to {high}" if high < _NO_LIMIT else f"of at least {low}"
+                problems.append(f"--{option} {span}, got {value}")
         if problems:
             raise ConfigError("expected " + "; ".join(problems))
 

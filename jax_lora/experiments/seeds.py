@@ -11,7 +11,7 @@ import numpy as np
 from jax_lora import report
 from jax_lora.errors import ConfigError
 from jax_lora.experiments import environment
-from jax_lora.experiments.article import Reproduce, finetune, load_data, pretrain
+from jax_lora.experiments.article import Reproduce, check_lora, finetune, load_data, pretrain
 from jax_lora.experiments.article_values import ARTICLE
 from jax_lora.experiments.options import describe
 
@@ -37,6 +37,7 @@ def run_seeds(options: Seeds) -> dict[str, Any]:
     if options.out is not None and options.out.exists():
         raise ConfigError(f"expected --out to be a new file, but {options.out} exists")
     dataset = load_data(options)
+    check_lora(options, dataset)
     runs = []
     for seed in range(options.seed, options.seed + options.num_seeds):
         seeded = dataclasses.replace(options, seed=seed)
