@@ -361,9 +361,11 @@ def test_ctrl_c_leaves_what_was_saved(
 def test_devices_that_cannot_share_a_batch(
     tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
-    arguments = (*DIGITS, "--batch-size", "10", "--parallel", "pmap", "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    arguments = (*DIGITS, "--batch-size", "10", "--num-devices", "4", "--parallel", "pmap")
     devices = "--xla_force_host_platform_device_count=4"
-    process = start(processes, "pretrain", *arguments, XLA_FLAGS=devices, JAX_PLATFORMS="cpu")
+    environment = {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
+    process = start(processes, "pretrain", *arguments, "--out", out, **environment)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.startswith("error: expected a batch size that 4 devices can share, got 10")

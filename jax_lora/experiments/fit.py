@@ -97,13 +97,14 @@ def arrays_of(split: Split) -> dict[str, np.ndarray]:
 
 
 def data_parallel(options: TrainOptions) -> DataParallel:
-    """The devices that the options ask for.
+    """The devices that the options ask for; by default as many as can share a batch.
 
     Raises:
         ConfigError: There are fewer devices.
     """
     devices = jax.local_devices()
-    wanted = options.num_devices or len(devices)
+    sharing = (n for n in range(len(devices), 0, -1) if options.batch_size % n == 0)
+    wanted = options.num_devices or next(sharing)
     if wanted > len(devices):
         raise ConfigError(f"expected at most {len(devices)} devices (all there are), got {wanted}")
     return DataParallel(options.parallel, tuple(devices[:wanted]))

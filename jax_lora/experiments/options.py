@@ -81,7 +81,7 @@ class TrainOptions(Options):
         momentum: The momentum of SGD.
         weight_decay: L2 regularisation of the trained parameters, as in torch's SGD.
         parallel: Split each batch over the devices with jit and a mesh, or with pmap.
-        num_devices: How many devices; all local ones by default.
+        num_devices: How many devices; by default as many local ones as can share a batch.
         stream: Feed batches from the host in chunks, as for data that does not fit on the device.
     """
 

@@ -130,6 +130,14 @@ def test_more_devices_than_there_are() -> None:
     assert data_parallel(TrainOptions()).devices == tuple(jax.local_devices())
 
 
+@pytest.mark.parametrize(("batch_size", "used"), [(32, 4), (30, 3), (7, 1), (1, 1)])
+def test_the_default_is_as_many_devices_as_can_share_a_batch(
+    batch_size: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "local_devices", lambda: list("abcd"))
+    assert len(data_parallel(TrainOptions(batch_size=batch_size)).devices) == used
+
+
 def test_dataset_is_not_changed() -> None:
     before = dataclasses.replace(DATASET.train, images=DATASET.train.images.copy())
     run(epochs=1)

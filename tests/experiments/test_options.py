@@ -56,12 +56,16 @@ def test_defaults_are_the_articles() -> None:
 )
 def test_out_of_range(name: str, value: Any) -> None:
     option = "--" + name.replace("_", "-")
-    with pytest.raises(jl.ConfigError, match=rf"^expected {option} (from|of at least) .*, got {value}$"):
+    with pytest.raises(
+        jl.ConfigError, match=rf"^expected {option} (from|of at least) .*, got {value}$"
+    ):
         Pretrain(**{name: value})
 
 
 def test_all_mistakes_are_named_together() -> None:
-    with pytest.raises(jl.ConfigError, match=r"--epochs of at least 1, got 0; --batch-size .*, got -3"):
+    with pytest.raises(
+        jl.ConfigError, match=r"--epochs of at least 1, got 0; --batch-size .*, got -3"
+    ):
         Pretrain(epochs=0, batch_size=-3)
 
 
