@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jax_lora.errors import AdapterError, near_misses
+from jax_lora.errors import AdapterError, expect_type, near_misses
 
 #: The label of a factor's rank axis; the other labels are axes of the weight.
 RANK = -1
@@ -201,6 +201,7 @@ def check_fits(params: Any, adapter: Adapter) -> None:
     Raises:
         AdapterError: Names every entry that does not fit, with what was found instead.
     """
+    expect_type("an adapter", adapter, Adapter)
     leaves = leaves_by_path(params)
     problems = []
     for path, factors in adapter.items():

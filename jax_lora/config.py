@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
 
 from jax_lora.errors import ConfigError, near_misses
 
 Scaling = Literal["standard", "rslora", "alpha"]
 Init = Literal["kaiming", "gaussian", "article"]
 
+_LARGEST_ALPHA = 3e38
 #: The preset that selects every weight that the function uses as a matrix.
 ALL_LINEAR = "all-linear"
 
@@ -53,11 +57,17 @@ class LoraConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"expected a rank of at least 1, got rank={self.rank!r}")
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not number or not math.isfinite(self.alpha):
-            raise ConfigError(f"expected alpha to be a finite number, got alpha={self.alpha!r}")
+        integer = isinstance(self.rank, numbers.Integral) and not isinstance(self.rank, bool)
+        if not integer or self.rank < 1:
+            raise ConfigError(f"expected a rank of at least 1, an integer; got rank={self.rank!r}")
+        object.__setattr__(self, "rank", int(self.rank))
+        number = isinstance(self.alpha, numbers.Real) and not isinstance(self.alpha, bool)
+        if not number or not abs(self.alpha) <= _LARGEST_ALPHA:
+            raise ConfigError(
+                "expected alpha to be a finite number that float32 can hold, got "
+                f"alpha={self.alpha!r}"
+            )
+        object.__setattr__(self, "alpha", float(self.alpha))
         for name, choices in (("scaling", get_args(Scaling)), ("init", get_args(Init))):
             value = getattr(self, name)
             if value not in choices:
@@ -65,6 +75,8 @@ class LoraConfig:
                     f"expected {name} to be one of {', '.join(choices)}; got {value!r} "
                     f"({near_misses(str(value), choices)})"
                 )
+        if not isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
             raise ConfigError(
                 f"expected a floating-point dtype such as float32, got {self.dtype!r}"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path
 from jax_lora.config import ALL_LINEAR, LoraConfig, glob_matches
 from jax_lora.discover import Use, discover, low_rank_multiply_adds
-from jax_lora.errors import AdapterError, ConfigError, TargetError, near_misses
+from jax_lora.errors import AdapterError, ConfigError, TargetError, expect_type, near_misses
 from jax_lora.initializers import INITIALIZERS
 from jax_lora.interpreter import Interpreter
 from jax_lora.tables import count, format_table
@@ -159,7 +159,8 @@ def plan(
         not adapted  because
         l1/bias      used by add, not as a matrix
     """
-    config = config or LoraConfig()
+    config = LoraConfig() if config is None else config
+    expect_type("a configuration", config, LoraConfig)
     uses = discover(fun, params, *args, **kwargs)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if path in uses}
     targets, skipped = _select(config, leaves, uses)
@@ -213,6 +214,7 @@ def _select(
         )
     if not targets:
         left = "\n  ".join(f"{path}: {reason}" for path, reason in skipped.items())
+        left = left or "the first argument has no arrays in it, or is no registered pytree"
         raise TargetError(f"expected at least one parameter to adapt, got none:\n  {left}")
     return targets, skipped
 
@@ -283,6 +285,7 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
     Raises:
         AdapterError: The parameters are not those of the plan.
     """
+    expect_type("a plan", plan, Plan)
     config = plan.config
     leaves = leaves_by_path(params)
     entries: dict[str, LoraFactors] = {}
