@@ -11,6 +11,7 @@ with a leading axis.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -193,6 +194,12 @@ def leaves_by_path(params: Any) -> dict[str, Any]:
             )
         leaves[path] = leaf
     return leaves
+
+
+def param_key(key: jax.Array, path: str) -> jax.Array:
+    """A PRNG key that depends on the parameter's path alone, not on which others there are."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 
 
 def check_fits(params: Any, adapter: Adapter) -> None:

@@ -7,12 +7,12 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from jax_lora.errors import ConfigError, near_misses
+from jax_lora.errors import ConfigError, TargetError, near_misses
 
 Scaling = Literal["standard", "rslora", "alpha"]
 Init = Literal["kaiming", "gaussian", "article"]
@@ -144,3 +144,25 @@ def glob_matches(glob: str, path: str) -> bool:
         (True, False)
     """
     return _glob_pattern(glob).match(path) is not None
+
+
+def matching_paths(globs: str | Iterable[str], paths: Iterable[str]) -> set[str]:
+    """The paths that at least one glob matches.
+
+    Raises:
+        TargetError: Names every glob that matches nothing, with the nearest paths.
+
+    Example:
+        >>> sorted(matching_paths(("l1/*", "**/bias"), ["l1/kernel", "l2/kernel", "l2/bias"]))
+        ['l1/kernel', 'l2/bias']
+    """
+    globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    paths = list(paths)
+    found = {glob: {path for path in paths if glob_matches(glob, path)} for glob in globs}
+    problems = [f"{glob!r} ({near_misses(glob, paths)})" for glob in globs if not found[glob]]
+    if problems:
+        raise TargetError(
+            "expected every glob to match at least one path; correct or leave out what matches "
+            "nothing:\n  " + "\n  ".join(problems)
+        )
+    return set().union(*found.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path
+from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path, param_key
 from jax_lora.config import ALL_LINEAR, LoraConfig, glob_matches
 from jax_lora.discover import Use, discover, low_rank_multiply_adds
 from jax_lora.errors import AdapterError, ConfigError, TargetError, expect_type, near_misses
@@ -259,12 +258,6 @@ def _with_materialized(
         for path, target in planned.targets.items()
     }
     return dataclasses.replace(planned, targets=targets)
-
-
-def param_key(key: jax.Array, path: str) -> jax.Array:
-    """A PRNG key that depends on the parameter's path alone, not on which others there are."""
-    digest = hashlib.sha256(path.encode()).digest()
-    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 
 
 def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:

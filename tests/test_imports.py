@@ -22,9 +22,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors tables",
         "adapter config",
         "virtual initializers",
-        "interpreter",
+        "interpreter lowrank",
         "transform optim training io",
-        "discover algebra",
+        "discover algebra combine extract",
         "plan summary",
     )
 )
