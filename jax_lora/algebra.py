@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter, LoraFactors, check_fits, path_of
-from jax_lora.config import matching_paths
 from jax_lora.errors import ConfigError
 from jax_lora.lowrank import as_weight, factor_matrices, product
+from jax_lora.rules import matching_paths
 from jax_lora.virtual import virtual_weight
 
 

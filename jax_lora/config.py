@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import numbers
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
-
-from jax_lora.errors import ConfigError, TargetError, near_misses
-
-Scaling = Literal["standard", "rslora", "alpha"]
-Init = Literal["kaiming", "gaussian", "article"]
-
-_LARGEST_ALPHA = 3e38
-#: The preset that selects every weight that the function uses as a matrix.
-ALL_LINEAR = "all-linear"
+from jax_lora.errors import ConfigError
+from jax_lora.rules import (
+    ALL_LINEAR,
+    SETTINGS,
+    Init,
+    Rule,
+    Scaling,
+    check_fields,
+    pattern_problems,
+    plain_values,
+    value_problems,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +30,11 @@ class LoraConfig:
         alpha: The strength of the update; a finite number.
         targets: Which parameters are adapted: ``"all-linear"``, every weight that the function
             uses in a matrix product, or one or more globs over parameter paths such as
-            ``"**/kernel"``. ``*`` stays within one path component, ``**`` crosses components.
-        exclude: Globs of parameters that are not adapted although ``targets`` matches them.
+            ``"**/kernel"``. ``*`` stays within one path component, ``**`` crosses components. A
+            `Rule` in the place of a glob also says how, if otherwise than below. The first that
+            matches a parameter decides about it.
+        exclude: Globs, or regular expressions after ``re:``, of parameters that are not adapted
+            although ``targets`` matches them.
         scaling: What multiplies ``a b``: ``"standard"`` alpha/r (Hu et al. 2021,
             arXiv:2106.09685), ``"rslora"`` alpha/sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732),
             or ``"alpha"`` itself.
@@ -50,51 +52,35 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 8.0
-    targets: str | tuple[str, ...] = ALL_LINEAR
+    targets: str | Rule | tuple[str | Rule, ...] = ALL_LINEAR
     exclude: tuple[str, ...] = ()
     scaling: Scaling = "standard"
     init: Init = "kaiming"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        integer = isinstance(self.rank, numbers.Integral) and not isinstance(self.rank, bool)
-        if not integer or self.rank < 1:
-            raise ConfigError(f"expected a rank of at least 1, an integer; got rank={self.rank!r}")
-        object.__setattr__(self, "rank", int(self.rank))
-        number = isinstance(self.alpha, numbers.Real) and not isinstance(self.alpha, bool)
-        if not number or not abs(self.alpha) <= _LARGEST_ALPHA:
-            raise ConfigError(
-                "expected alpha to be a finite number that float32 can hold, got "
-                f"alpha={self.alpha!r}"
-            )
-        object.__setattr__(self, "alpha", float(self.alpha))
-        for name, choices in (("scaling", get_args(Scaling)), ("init", get_args(Init))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(
-                    f"expected {name} to be one of {', '.join(choices)}; got {value!r} "
-                    f"({near_misses(str(value), choices)})"
-                )
-        if not isinstance(self.dtype, str):
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
-            raise ConfigError(
-                f"expected a floating-point dtype such as float32, got {self.dtype!r}"
-            )
-        for name in ("targets", "exclude"):
-            globs = getattr(self, name)
-            if isinstance(globs, str):
-                globs = (globs,)
-            known = isinstance(globs, (tuple, list))
-            if not known or any(not isinstance(g, str) or not g for g in globs):
-                raise ConfigError(
-                    f"expected {name} to be globs over parameter paths, got {globs!r}"
-                )
-            object.__setattr__(self, name, tuple(globs))
-        if not self.targets:
-            raise ConfigError(
-                "expected at least one target, got none; 'all-linear' adapts them all"
-            )
+        values = plain_values({name: getattr(self, name) for name in SETTINGS})
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        problems = value_problems(values)
+        for name, kinds, what in (
+            ("targets", (str, Rule), "globs over parameter paths, or rules"),
+            ("exclude", (str,), "globs over parameter paths"),
+        ):
+            entries = getattr(self, name)
+            if isinstance(entries, kinds):
+                entries = (entries,)
+            known = isinstance(entries, (tuple, list))
+            if not known or any(not isinstance(e, kinds) or not e for e in entries):
+                problems.append(f"expected {name} to be {what}; got {entries!r}")
+                continue
+            patterns = (entry for entry in entries if isinstance(entry, str))
+            problems += [f"{name}: {p}" for entry in patterns for p in pattern_problems(entry)]
+            object.__setattr__(self, name, tuple(entries))
+        if self.targets == ():
+            problems.append("expected at least one target, got none; 'all-linear' adapts them all")
+        if problems:
+            raise ConfigError("\n  ".join(problems))
 
     @property
     def scale(self) -> float:
@@ -102,10 +88,18 @@ class LoraConfig:
         divisor = {"standard": self.rank, "rslora": math.sqrt(self.rank), "alpha": 1.0}
         return self.alpha / divisor[self.scaling]
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The targets as rules, a glob as one that sets nothing."""
+        assert isinstance(self.targets, tuple)
+        return tuple(t if isinstance(t, Rule) else Rule(t) for t in self.targets)
+
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
-        return dataclasses.asdict(self) | {
-            "targets": list(self.targets),
+        """The configuration as JSON-able data; see `Rule.to_json` for predicates."""
+        assert isinstance(self.targets, tuple)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {
+            "targets": [t.to_json() if isinstance(t, Rule) else t for t in self.targets],
             "exclude": list(self.exclude),
         }
 
@@ -116,53 +110,10 @@ class LoraConfig:
         Raises:
             ConfigError: An unknown field or an impossible value.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [name for name in data if name not in known]
-        if unknown:
-            raise ConfigError(
-                f"expected the fields {', '.join(sorted(known))}; got also {', '.join(unknown)}"
+        check_fields(cls, data)
+        values = dict(data)
+        if isinstance(values.get("targets"), (list, tuple)):
+            values["targets"] = tuple(
+                Rule.from_json(t) if isinstance(t, Mapping) else t for t in values["targets"]
             )
-        return cls(**data)
-
-
-@functools.cache
-def _glob_pattern(glob: str) -> re.Pattern[str]:
-    """A glob over paths as a regular expression.
-
-    ``**`` matches any number of whole components, also none; ``*`` and ``?`` stay within one.
-    """
-    pieces = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(^\*\*/|/\*\*$|\*\*/|\*\*|\*|\?)", glob)
-    return re.compile("".join(pieces.get(part, re.escape(part)) for part in parts) + r"\Z")
-
-
-def glob_matches(glob: str, path: str) -> bool:
-    """Whether a glob matches a whole path.
-
-    Example:
-        >>> glob_matches("**/kernel", "params/l1/kernel"), glob_matches("*/kernel", "a/b/kernel")
-        (True, False)
-    """
-    return _glob_pattern(glob).match(path) is not None
-
-
-def matching_paths(globs: str | Iterable[str], paths: Iterable[str]) -> set[str]:
-    """The paths that at least one glob matches.
-
-    Raises:
-        TargetError: Names every glob that matches nothing, with the nearest paths.
-
-    Example:
-        >>> sorted(matching_paths(("l1/*", "**/bias"), ["l1/kernel", "l2/kernel", "l2/bias"]))
-        ['l1/kernel', 'l2/bias']
-    """
-    globs = (globs,) if isinstance(globs, str) else tuple(globs)
-    paths = list(paths)
-    found = {glob: {path for path in paths if glob_matches(glob, path)} for glob in globs}
-    problems = [f"{glob!r} ({near_misses(glob, paths)})" for glob in globs if not found[glob]]
-    if problems:
-        raise TargetError(
-            "expected every glob to match at least one path; correct or leave out what matches "
-            "nothing:\n  " + "\n  ".join(problems)
-        )
-    return set().union(*found.values())
+        return cls(**values)

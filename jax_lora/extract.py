@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path
-from jax_lora.config import matching_paths
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
     Approximation,
@@ -24,6 +23,7 @@ from jax_lora.lowrank import (
     truncate,
     working_dtype,
 )
+from jax_lora.rules import matching_paths
 
 
 class HasLayout(Protocol):

@@ -20,6 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(f"jax_lora.{name}" for name in row.split())
     for row in (
         "errors tables",
+        "rules",
         "adapter config",
         "virtual initializers",
         "interpreter lowrank",

@@ -15,7 +15,7 @@ import jax_lora as jl
 from jax_lora.adapter import param_key
 
 PLAN = """\
-LoRA plan: rank 3, scale 2, a kaiming, b zero
+LoRA plan: rank 3, scale 2, float32, a kaiming, b zero
 adapted        shape    rule          trained  multiply-adds  note
 enc/l1/kernel  [12, 8]  enc/*/kernel       60            300
 enc/l2/kernel  [8, 8]   enc/*/kernel       48            240
@@ -23,11 +23,10 @@ head/kernel    [8, 2]   head/kernel        30            150  rank exceeds min(i
 trained 138 beside 210 frozen parameters (65.7%), 564 bytes
 forward 970 multiply-adds + 690 (71.1%)
 
-not adapted   because
-enc/l1/bias   excluded by enc/*/bias
-enc/l2/bias   excluded by enc/*/bias
-head/bias     used by add, not as a matrix
-spare/kernel  the function never uses it"""
+not adapted         because
+enc/l{1,2}/bias x2  excluded by enc/*/bias
+head/bias           used by add, not as a matrix
+spare/kernel        the function never uses it"""
 
 
 def _shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -117,15 +116,15 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 def test_all_problems_are_named_in_one_error() -> None:
     with pytest.raises(jl.TargetError) as error:
-        _plan(targets=("enc/l1/kernal", "**/kernel", "head/*"), exclude=("decoder/**",))
+        _plan(targets=("enc/l1/kernal", "head/*", "**/kernel"), exclude=("decoder/**",))
     text = str(error.value)
-    assert "'enc/l1/kernal' matches no parameter (nearest: 'enc/l1/kernel'" in text
-    assert "'decoder/**' matches no parameter" in text
+    assert "targets[0] 'enc/l1/kernal' matches no parameter (nearest: 'enc/l1/kernel'" in text
+    assert "exclude[0] 'decoder/**' matches no parameter" in text
     assert "head/bias: matched by 'head/*' but used by add, not as a matrix" in text
     assert "spare/kernel: matched by '**/kernel' but the function never uses it" in text
     assert len(text.splitlines()) == 5
     # Each of them corrected, nothing is left to complain about.
-    _plan(targets=("enc/l1/kernel", "**/kernel", "head/*"), exclude=("**/bias", "spare/**"))
+    _plan(targets=("enc/l1/kernel", "head/*", "**/kernel"), exclude=("**/bias", "spare/**"))
 
 
 def test_an_adaptable_parameter_of_another_dtype_says_so() -> None:
@@ -141,8 +140,13 @@ def test_an_adaptable_parameter_of_another_dtype_says_so() -> None:
 
 
 def test_nothing_left_to_adapt_is_an_error_that_lists_the_reasons() -> None:
-    with pytest.raises(jl.TargetError, match=r"at least one parameter(.|\n)*head/kernel: excluded"):
+    with pytest.raises(jl.TargetError, match=r"decides nothing(.|\n)*head/kernel' is excluded by"):
         _plan(exclude=("**/kernel",))
+    with pytest.raises(jl.TargetError) as error:
+        jl.plan(lambda params, x: x + params["b"], {"b": _shape(4), "c": _shape(4)}, _shape(4))
+    assert "'all-linear' matches none of the 0 parameters that can be adapted" in str(error.value)
+    assert "b: used by add, not as a matrix" in str(error.value)
+    assert "c: the function never uses it" in str(error.value)
 
 
 def test_rank() -> None:
@@ -207,6 +211,102 @@ def test_the_default_config_adapts_every_product() -> None:
     plan = jl.plan(_model, _params(), _shape(5, 12))
     assert plan.config == jl.LoraConfig()
     assert len(plan.targets) == 3
+
+
+# --------------------------------------------------------------------------------------- table
+
+
+def _deep(depth: int = 24) -> tuple[Any, dict[str, Any]]:
+    """A network with 12 parameters a layer and the function of them."""
+    names = ("q", "k", "v", "o", "up", "down")
+    layer = {name: {"kernel": _shape(8, 8), "bias": _shape(8)} for name in names}
+    params = {f"layers_{k}": layer for k in range(depth)} | {"head": {"kernel": _shape(8, 4)}}
+
+    def model(params: Any, x: Any) -> Any:
+        for k in range(depth):
+            for name in names:
+                x = x @ params[f"layers_{k}"][name]["kernel"] + params[f"layers_{k}"][name]["bias"]
+        return x @ params["head"]["kernel"]
+
+    return model, params
+
+
+def _column(text: str, name: str, right: bool = False) -> dict[str, str]:
+    """One column of the first table, by the first word of each row."""
+    lines = text.split("\ntrained ")[0].splitlines()[1:]
+    start = lines[0].index(name)
+    if right:
+        end = start + len(name)
+        return {line.split()[0]: line[:end].split()[-1] for line in lines[1:]}
+    return {line.split()[0]: line[start:].split("  ")[0] for line in lines[1:]}
+
+
+def test_a_table_of_289_parameters_is_short_and_loses_nothing() -> None:
+    model, params = _deep()
+    config = jl.LoraConfig(
+        rank=2,
+        targets=(
+            jl.Rule("**/q/kernel", rank=4),
+            jl.Rule("all-linear", layers=range(20, 24)),
+            "layers_3/up/kernel",
+        ),
+    )
+    plan = jl.plan(model, params, _shape(1, 8), config=config)
+    text = str(plan)
+    assert text == plan.table()
+    assert len(text.splitlines()) < 30
+    assert max(map(len, text.splitlines())) < 120
+    trained = _column(text, "trained", right=True)
+    assert trained["layers_{0..23}/q/kernel"] == f"{24 * 4 * 16:,}"
+    assert trained["layers_{20..23}/up/kernel"] == f"{4 * 2 * 16:,}"
+    assert trained["layers_3/up/kernel"] == f"{2 * 16:,}"
+    assert "layers_{0..23}/q/kernel x24 " in text
+    assert "layers_{0..2,4..19}/up/kernel x19 " in text
+    assert "layers_{0..23}/down/bias x24 " in text
+    # The columns add up to the totals.
+    assert sum(int(n.replace(",", "")) for n in trained.values()) == plan.trainable_params
+    madds = _column(text, "multiply-adds", right=True)
+    total = sum(plan.extra_multiply_adds(path) for path in plan.targets)
+    assert sum(int(n.replace(",", "")) for n in madds.values()) == total > 0
+
+    full = plan.table(full=True)
+    words = {line.split()[0] for line in full.splitlines() if line}
+    assert {*plan.targets, *plan.skipped} <= words
+    assert len(plan.targets) + len(plan.skipped) == 24 * 12 + 1
+    assert "{" not in full
+    # Everything but the rows is the same.
+    for line in text.splitlines():
+        assert line.startswith(("trained", "forward", "LoRA")) <= (line in full)
+
+
+def test_a_short_table_ends_early_where_nothing_can_be_grouped() -> None:
+    words = [a + b + c for a in "abcd" for b in "xyzw" for c in "klm"]
+    params = {name: _shape(4, 4) for name in words} | {f"{name}!": _shape(4) for name in words}
+
+    def model(params: Any, x: Any) -> Any:
+        for name in words:
+            x = x @ params[name]
+        return x
+
+    plan = jl.plan(model, params, _shape(1, 4), config=jl.LoraConfig(rank=2))
+    text, full = str(plan), plan.table(full=True)
+    assert text.count("and 8 more rows: plan.table(full=True)") == 2
+    assert len(text.splitlines()) == 1 + 42 + 2 + 1 + 42
+    assert len(full.splitlines()) == 1 + 49 + 2 + 1 + 49
+    assert "more rows" not in full
+    assert f"trained {plan.trainable_params:,} " in text
+
+
+def test_what_differs_between_targets_has_a_column_and_the_rest_stands_first() -> None:
+    targets = (jl.Rule("enc/l1/kernel", rank=2, init="gaussian"), "enc/l2/kernel")
+    text = str(_plan(targets=targets))
+    assert text.startswith("LoRA plan: float32, b zero\n")
+    assert _column(text, "rank") == {"enc/l1/kernel": "2", "enc/l2/kernel": "3"}
+    assert _column(text, "scale") == {"enc/l1/kernel": "3", "enc/l2/kernel": "2"}
+    assert _column(text, "a   ") == {"enc/l1/kernel": "gaussian", "enc/l2/kernel": "kaiming"}
+    text = str(_plan(targets=(jl.Rule("enc/l1/kernel", dtype="bfloat16"), "enc/l2/kernel")))
+    assert text.startswith("LoRA plan: rank 3, scale 2, a kaiming, b zero\n")
+    assert _column(text, "dtype") == {"enc/l1/kernel": "bfloat16", "enc/l2/kernel": "float32"}
 
 
 # ---------------------------------------------------------------------------------------- init

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import optax
 
-from jax_lora.config import Init, LoraConfig, Scaling
+from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError
+from jax_lora.rules import Init, Scaling
 
 _NO_LIMIT = sys.float_info.max
 #: The least and the largest value of each number, where the library itself does not check it.
