@@ -189,7 +189,7 @@ def _drop(key: jax.Array, update: jax.Array, density: Any) -> jax.Array:
 def _elected_mean(updates: jax.Array) -> jax.Array:
     """The mean of those of ``updates: [n, ...]`` that have the sign of their sum."""
     sign = jnp.sign(updates.sum(0))
-    agree = (jnp.sign(updates) == sign) & (sign != 0)
+    agree = jnp.sign(updates) == sign  # where that is 0, zeros alone
     count = agree.sum(0).astype(updates.dtype)
     total = jnp.where(agree, updates, jnp.zeros_like(updates)).sum(0)
     return total / jnp.maximum(count, jnp.ones_like(count))

@@ -154,8 +154,8 @@ def test_a_thousand_switches_from_a_kept_base_are_one_switch(
     # rounding of a b itself is taken out as it was put in.
     drift = np.abs(np.asarray(drifting["w"], np.float64) - exact[order[-1]]).max()
     assert drift <= 2 * 1000 * unit * largest + 6 * unit * size
-    # It does add up: far beyond the one rounding of the kept base.
-    assert drift > 10 * kept_error.max()
+    # It does add up: far beyond the one rounding of the kept base (measured: a hundred times).
+    assert drift > 30 * kept_error.max()
 
 
 def test_delta_is_the_update_in_the_weight_s_axes(case: Any, delta64: Any) -> None:
