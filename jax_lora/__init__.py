@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Any
 from jax_lora.adapter import Adapter as Adapter
 from jax_lora.adapter import Layout as Layout
 from jax_lora.adapter import LoraFactors as LoraFactors
+from jax_lora.algebra import delta as delta
+from jax_lora.algebra import drop as drop
 from jax_lora.algebra import merge as merge
+from jax_lora.algebra import negate as negate
+from jax_lora.algebra import scale as scale
+from jax_lora.algebra import select as select
 from jax_lora.algebra import unmerge as unmerge
+from jax_lora.combine import combine as combine
 from jax_lora.config import LoraConfig as LoraConfig
 from jax_lora.discover import discover as discover
 from jax_lora.errors import AdapterError as AdapterError
@@ -16,6 +22,9 @@ from jax_lora.errors import ConfigError as ConfigError
 from jax_lora.errors import JaxLoraError as JaxLoraError
 from jax_lora.errors import MaterializeError as MaterializeError
 from jax_lora.errors import TargetError as TargetError
+from jax_lora.extract import extract as extract
+from jax_lora.extract import resize as resize
+from jax_lora.lowrank import Approximation as Approximation
 from jax_lora.plan import Plan as Plan
 from jax_lora.plan import init as init
 from jax_lora.plan import plan as plan

@@ -11,13 +11,14 @@ with a leading axis.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from jax_lora.errors import AdapterError, near_misses
+from jax_lora.errors import AdapterError, expect_type, near_misses
 
 #: The label of a factor's rank axis; the other labels are axes of the weight.
 RANK = -1
@@ -195,12 +196,19 @@ def leaves_by_path(params: Any) -> dict[str, Any]:
     return leaves
 
 
+def param_key(key: jax.Array, path: str) -> jax.Array:
+    """A PRNG key that depends on the parameter's path alone, not on which others there are."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+
+
 def check_fits(params: Any, adapter: Adapter) -> None:
     """Check that every entry of the adapter has a parameter of the shape it was made for.
 
     Raises:
         AdapterError: Names every entry that does not fit, with what was found instead.
     """
+    expect_type("an adapter", adapter, Adapter)
     leaves = leaves_by_path(params)
     problems = []
     for path, factors in adapter.items():

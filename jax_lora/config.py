@@ -15,8 +15,8 @@ from jax_lora.rules import (
     Rule,
     Scaling,
     check_fields,
+    check_values,
     pattern_problems,
-    value_problems,
 )
 
 
@@ -58,7 +58,9 @@ class LoraConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        problems = value_problems({name: getattr(self, name) for name in SETTINGS})
+        values, problems = check_values({name: getattr(self, name) for name in SETTINGS})
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         for name, kinds, what in (
             ("targets", (str, Rule), "globs over parameter paths, or rules"),
             ("exclude", (str,), "globs over parameter paths"),

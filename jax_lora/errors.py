@@ -30,6 +30,19 @@ class CheckpointError(JaxLoraError):
     """A checkpoint that is missing, damaged, or of another shape than expected."""
 
 
+def expect_type(what: str, value: object, expected: type) -> None:
+    """Refuse an argument of another type, before it fails somewhere inside.
+
+    Raises:
+        AdapterError: Names what was expected and what came.
+    """
+    if not isinstance(value, expected):
+        raise AdapterError(
+            f"expected {what} ({expected.__module__}.{expected.__qualname__}), "
+            f"got {type(value).__name__}"
+        )
+
+
 def near_misses(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Name the candidates nearest to ``name``, as the tail of an error message.
 

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jax_lora.adapter import Adapter
+from jax_lora.errors import AdapterError
 
 TRAINED, FROZEN = "trained", "frozen"
 
@@ -21,6 +22,9 @@ def labels(tree: Any) -> Any:
 
     Returns:
         A tree of the same structure with a string for each leaf, for `optax.multi_transform`.
+
+    Raises:
+        AdapterError: There is no adapter in the tree.
 
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
@@ -37,7 +41,13 @@ def labels(tree: Any) -> Any:
         marks: Any = {"a": TRAINED, "b": TRAINED, "scale": FROZEN}
         return Adapter({path: dataclasses.replace(f, **marks) for path, f in node.items()})
 
-    return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Adapter))
+    labelled = jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Adapter))
+    if TRAINED not in jax.tree.leaves(labelled):
+        raise AdapterError(
+            f"expected an adapter, or a tree with adapters in it, got {type(tree).__name__}: "
+            "there is nothing to train"
+        )
+    return labelled
 
 
 def lora_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

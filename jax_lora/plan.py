@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path
+from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path, param_key
 from jax_lora.config import LoraConfig
 from jax_lora.discover import Use, discover, low_rank_multiply_adds
-from jax_lora.errors import AdapterError, ConfigError, TargetError, near_misses
+from jax_lora.errors import AdapterError, ConfigError, TargetError, expect_type, near_misses
 from jax_lora.initializers import INITIALIZERS
 from jax_lora.interpreter import Interpreter
 from jax_lora.rules import ALL_LINEAR, Rule, path_matches
@@ -231,7 +230,8 @@ def plan(
         not adapted  because
         l1/bias      used by add, not as a matrix
     """
-    config = config or LoraConfig()
+    config = LoraConfig() if config is None else config
+    expect_type("a configuration", config, LoraConfig)
     uses = discover(fun, params, *args, **kwargs)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if path in uses}
     targets, skipped = _select(config, leaves, uses)
@@ -292,7 +292,8 @@ def _select(
         near = near_misses(pattern, leaves)
         dead.append(f"exclude[{k}] {pattern!r} matches no parameter ({near})")
     if not adaptable:
-        dead += [f"{path}: {reason}" for path, reason in skipped.items()]
+        reasons = [f"{path}: {reason}" for path, reason in skipped.items()]
+        dead += reasons or ["the first argument has no arrays in it, or is no registered pytree"]
     ranks = _rank_problems(tallies)
     if dead or problems:
         raise TargetError(
@@ -439,12 +440,6 @@ def _with_materialized(
     return dataclasses.replace(planned, targets=targets)
 
 
-def param_key(key: jax.Array, path: str) -> jax.Array:
-    """A PRNG key that depends on the parameter's path alone, not on which others there are."""
-    digest = hashlib.sha256(path.encode()).digest()
-    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
-
-
 def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
     """A fresh adapter: ``a`` random, ``b`` zero, so that the adapted model is the base model.
 
@@ -463,6 +458,7 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
     Raises:
         AdapterError: The parameters are not those of the plan.
     """
+    expect_type("a plan", plan, Plan)
     leaves = leaves_by_path(params)
     entries: dict[str, LoraFactors] = {}
     problems = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
-from jax_lora.errors import ConfigError, near_misses
+import jax.numpy as jnp
+
+from jax_lora.errors import ConfigError, TargetError, near_misses
 from jax_lora.tables import spans
 
 Scaling = Literal["standard", "rslora", "alpha"]
@@ -17,6 +19,7 @@ Init = Literal["kaiming", "gaussian", "article"]
 #: Of a parameter's path, its shape, and the function's uses of it.
 Predicate = Callable[[str, tuple[int, ...], tuple[Any, ...]], bool]
 
+_LARGEST_ALPHA = 3e38
 #: The preset that selects every weight that the function uses as a matrix.
 ALL_LINEAR = "all-linear"
 #: What marks a pattern as a regular expression.
@@ -128,7 +131,10 @@ class Rule:
                 )
             else:
                 object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        problems += value_problems(self.overrides)
+        values, wrong = check_values(self.overrides)
+        problems += wrong
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         if problems:
             raise ConfigError(f"Rule(match={self.match!r}): " + "\n  ".join(problems))
 
@@ -196,32 +202,37 @@ class Rule:
 SETTINGS = ("rank", "alpha", "scaling", "init", "dtype")
 
 
-def value_problems(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with values of `SETTINGS`; empty if nothing is."""
+def check_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values of `SETTINGS` as plain numbers and words, and what is wrong with them."""
+    plain = dict(values)
     problems = []
     if "rank" in values:
         rank = values["rank"]
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            problems.append(f"expected a rank of at least 1, got rank={rank!r}")
+        if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank) >= 1:
+            plain["rank"] = int(rank)
+        else:
+            problems.append(f"expected a rank of at least 1, an integer; got rank={rank!r}")
     if "alpha" in values:
         alpha = values["alpha"]
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not number or not math.isfinite(alpha):
-            problems.append(f"expected alpha to be a finite number, got alpha={alpha!r}")
+        number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+        if number and abs(alpha) <= _LARGEST_ALPHA:
+            plain["alpha"] = float(alpha)
+        else:
+            problems.append(
+                f"expected alpha to be a finite number that float32 can hold, got alpha={alpha!r}"
+            )
     for name, choices in (("scaling", get_args(Scaling)), ("init", get_args(Init))):
         if name in values and values[name] not in choices:
             problems.append(
                 f"expected {name} to be one of {', '.join(choices)}; got {values[name]!r} "
                 f"({near_misses(str(values[name]), choices)})"
             )
-    if "dtype" in values and values["dtype"] not in (
-        "float64",
-        "float32",
-        "bfloat16",
-        "float16",
-    ):
-        problems.append(f"expected a floating-point dtype such as float32, got {values['dtype']!r}")
-    return problems
+    if "dtype" in values:
+        dtype = values["dtype"]
+        plain["dtype"] = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        if plain["dtype"] not in ("float64", "float32", "bfloat16", "float16"):
+            problems.append(f"expected a floating-point dtype such as float32, got {dtype!r}")
+    return plain, problems
 
 
 def check_fields(cls: type, data: Mapping[str, Any]) -> None:
@@ -275,6 +286,28 @@ def path_matches(pattern: str, path: str) -> bool:
         True
     """
     return _pattern(pattern).fullmatch(path) is not None
+
+
+def matching_paths(globs: str | Iterable[str], paths: Iterable[str]) -> set[str]:
+    """The paths that at least one glob matches.
+
+    Raises:
+        TargetError: Names every glob that matches nothing, with the nearest paths.
+
+    Example:
+        >>> sorted(matching_paths(("l1/*", "**/bias"), ["l1/kernel", "l2/kernel", "l2/bias"]))
+        ['l1/kernel', 'l2/bias']
+    """
+    globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    paths = list(paths)
+    found = {glob: {path for path in paths if path_matches(glob, path)} for glob in globs}
+    problems = [f"{glob!r} ({near_misses(glob, paths)})" for glob in globs if not found[glob]]
+    if problems:
+        raise TargetError(
+            "expected every glob to match at least one path; correct or leave out what matches "
+            "nothing:\n  " + "\n  ".join(problems)
+        )
+    return set().union(*found.values())
 
 
 def _name(predicate: Any, qualified: bool = False) -> str:

@@ -73,6 +73,11 @@ class Summary:
         return sum(row.param_bytes for row in self.rows)
 
     @property
+    def trained_bytes(self) -> int:
+        """The bytes of what is trained, which are also those of its gradients."""
+        return sum(row.param_bytes for row in self.rows if row.trained)
+
+    @property
     def pass_bytes(self) -> int:
         """The bytes of every row's output and of the gradient with respect to it."""
         return 2 * sum(row.output_bytes for row in self.rows)

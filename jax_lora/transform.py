@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,23 @@ def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any
     def adapted(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
         return interpret(Interpreter(strict=strict), fun, params, adapter, args, kwargs)
 
+    # Otherwise jax.jit would count and name the arguments by fun's signature, without the adapter.
+    del adapted.__wrapped__
+    signature = _signature_with_adapter(fun)
+    if signature is not None:
+        adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
+
+
+def _signature_with_adapter(fun: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature of ``fun`` with the adapter second; None if there is no telling."""
+    try:
+        signature = inspect.signature(fun)
+        parameters = list(signature.parameters.values())
+        parameters.insert(1, inspect.Parameter("adapter", parameters[0].kind))
+        return signature.replace(parameters=parameters)
+    except (IndexError, TypeError, ValueError):  # no parameters, a builtin, (*args), a clash
+        return None
 
 
 def interpret(

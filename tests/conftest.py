@@ -74,6 +74,21 @@ def dense64() -> Callable[[Any, jl.Adapter], Any]:
 
 
 @pytest.fixture(scope="session")
+def entry() -> Callable[..., jl.LoraFactors]:
+    """One entry with normal ``a`` and ``b``: ``entry(layout, rank=3, seed=1, scale=0.7)``."""
+
+    def make(
+        layout: jl.Layout, rank: int = 2, seed: int = 0, scale: float = 0.7, dtype: Any = "float32"
+    ) -> jl.LoraFactors:
+        rng = np.random.default_rng([seed, rank, *layout.shape])
+        a = jnp.asarray(rng.normal(size=layout.a_shape(rank)), dtype)
+        b = jnp.asarray(rng.normal(size=layout.b_shape(rank)), dtype)
+        return jl.LoraFactors(a, b, jnp.float32(scale), layout)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def filled() -> Callable[..., jl.Adapter]:
     """An adapter with random ``b`` and a scale of its own, so that it changes its model."""
 

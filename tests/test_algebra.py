@@ -1,8 +1,9 @@
-"""Merge and unmerge are arithmetic on trees."""
+"""Arithmetic on adapters, and merging them into parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -121,3 +122,131 @@ def test_every_misfit_is_named_at_once(case: Any) -> None:
     assert "heads: no such parameter" in str(error.value)
     with pytest.raises(jl.AdapterError):
         jl.unmerge(wrong, adapter)
+
+
+def test_a_thousand_switches_from_a_kept_base_are_one_switch(
+    entry: Any, normal: Any, delta64: Any
+) -> None:
+    """Measured: subtracting and adding drifts, merging into the kept base has no history."""
+    layout, unit = jl.Layout((48, 32), (0,), (1,)), 2.0**-24
+    base = {"w": normal(48, 32)}
+    tasks = [jl.Adapter({"w": entry(layout, rank=4, seed=k, scale=0.1)}) for k in range(10)]
+    order = np.random.default_rng(3).integers(0, len(tasks), 1001)
+    merge, unmerge = jax.jit(jl.merge), jax.jit(jl.unmerge)
+    exact = [np.asarray(base["w"], np.float64) + delta64(task["w"]) for task in tasks]
+    first = {k: np.asarray(merge(base, tasks[k])["w"]) for k in set(order.tolist())}
+    size = max(np.abs(w).max() for w in exact)
+
+    drifting = merge(base, tasks[order[0]])
+    largest = 0.0  # of all intermediate results, each of which is rounded
+    for previous, following in itertools.pairwise(order.tolist()):
+        taken_out = unmerge(drifting, tasks[previous])
+        drifting = merge(taken_out, tasks[following])
+        largest = max(largest, *(float(jnp.abs(w["w"]).max()) for w in (taken_out, drifting)))
+        kept = merge(base, tasks[following])
+        np.testing.assert_array_equal(kept["w"], first[following])
+
+    # One rounding of the sum, and those of a b: r products and sums, and the scale.
+    a, b = (np.abs(np.asarray(x)) for x in (tasks[order[-1]]["w"].a, tasks[order[-1]]["w"].b))
+    kept_error = np.abs(np.asarray(kept["w"], np.float64) - exact[order[-1]])
+    assert (kept_error <= unit * np.abs(exact[order[-1]]) + 6 * unit * 0.1 * (a @ b)).all()
+    # Two roundings a switch, each of at most half a unit in the last place of the result; the
+    # rounding of a b itself is taken out as it was put in.
+    drift = np.abs(np.asarray(drifting["w"], np.float64) - exact[order[-1]]).max()
+    assert drift <= 2 * 1000 * unit * largest + 6 * unit * size
+    # It does add up: far beyond the one rounding of the kept base.
+    assert drift > 10 * kept_error.max()
+
+
+def test_delta_is_the_update_in_the_weight_s_axes(case: Any, delta64: Any) -> None:
+    params, adapter = case
+    updates = jl.delta(adapter)
+    merged = jl.merge(jax.tree.map(jnp.zeros_like, params), adapter)
+    assert list(updates) == list(adapter)
+    for name, update in updates.items():
+        np.testing.assert_allclose(update, delta64(adapter[name]), rtol=0, atol=5e-6)
+        np.testing.assert_allclose(update, merged[name], rtol=0, atol=5e-6)
+
+
+def test_delta_of_stacked_adapters_goes_through_vmap(case: Any, delta64: Any) -> None:
+    _, adapter = case
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), adapter)
+    with pytest.raises(
+        jl.AdapterError, match=r"experts last: expected a, b of shapes .* jax\.vmap"
+    ):
+        jl.delta(many)
+    both = jax.vmap(jl.delta)(many)
+    np.testing.assert_allclose(both["heads"][1], -delta64(adapter["heads"]), rtol=0, atol=5e-6)
+
+
+def test_scale_touches_only_the_scales(case: Any, delta64: Any) -> None:
+    _, adapter = case
+    scaled = jl.scale(adapter, -2.5)
+    for name, f in scaled.items():
+        assert f.a is adapter[name].a
+        assert f.b is adapter[name].b
+        assert f.scale.dtype == jnp.float32
+        np.testing.assert_allclose(delta64(f), -2.5 * delta64(adapter[name]), rtol=1e-6)
+    back = jl.negate(jl.negate(adapter))
+    jax.tree.map(np.testing.assert_array_equal, back, adapter)
+    params, _ = case
+    opposite = jl.merge(params, jl.negate(adapter))
+    jax.tree.map(np.testing.assert_array_equal, opposite, jl.unmerge(params, adapter))
+    assert not np.array_equal(opposite["matrix"], jl.merge(params, adapter)["matrix"])
+
+
+def test_the_factor_can_be_trained_and_compiles_once(case: Any, delta64: Any) -> None:
+    _, adapter = case
+    traces = 0
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(factor: Any, adapter: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return sum((update**2).sum() for update in jl.delta(jl.scale(adapter, factor)).values())
+
+    norm = sum((delta64(f) ** 2).sum() for f in adapter.values())
+    for factor in (0.0, 0.5, -3.0):
+        value, grad = loss(jnp.float32(factor), adapter)
+        np.testing.assert_allclose((value, grad), (factor**2 * norm, 2 * factor * norm), rtol=1e-5)
+    assert traces == 1
+
+
+def test_a_factor_for_each_of_many_adapters(case: Any) -> None:
+    _, adapter = case
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), adapter)
+    scaled = jl.scale(many, jnp.array([1.0, 0.0, -1.0]))
+    np.testing.assert_allclose(scaled["matrix"].scale, [0.7, 0.0, -0.7], rtol=1e-6)
+    with pytest.raises(jl.ConfigError, match=r"scalar factor .* of experts last; got shape \(3,\)"):
+        jl.scale(adapter, jnp.ones(3))
+
+
+def test_scale_keeps_a_narrow_dtype(case: Any) -> None:
+    _, adapter = case
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), adapter)
+    for factor in (2, 0.5, np.float64(0.5), jnp.float32(0.5)):
+        assert jl.scale(half, factor)["stack"].scale.dtype == jnp.bfloat16
+
+
+def test_select_and_drop_are_two_halves(case: Any) -> None:
+    params, adapter = case
+    chosen, rest = jl.select(adapter, ("m*", "stack")), jl.drop(adapter, ("m*", "stack"))
+    assert list(chosen) == ["matrix", "stack"]
+    assert sorted([*chosen, *rest]) == list(adapter)
+    assert chosen["stack"] is adapter["stack"]
+    both = jl.merge(jl.merge(params, chosen), rest)
+    jax.tree.map(np.testing.assert_array_equal, both, jl.merge(params, adapter))
+    nothing = jl.drop(adapter, "**")
+    assert len(nothing) == 0
+    jax.tree.map(np.testing.assert_array_equal, jl.merge(params, nothing), params)
+
+
+@pytest.mark.parametrize("fun", [jl.select, jl.drop])
+def test_a_glob_that_matches_nothing_is_named(case: Any, fun: Any) -> None:
+    _, adapter = case
+    with pytest.raises(jl.TargetError) as error:
+        fun(adapter, ["stack", "matrx", "expert"])
+    assert "'matrx' (nearest: 'matrix')" in str(error.value)
+    assert "'expert' (nearest: 'experts last'" in str(error.value)
+    assert "'stack' (" not in str(error.value)

@@ -7,6 +7,8 @@ import json
 import math
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_lora as jl
@@ -179,3 +181,15 @@ def test_unknown_fields_are_named() -> None:
         jl.LoraConfig.from_json({"targets": [{"rank": 2}]})
     with pytest.raises(jl.ConfigError, match="targets to be globs"):
         jl.LoraConfig.from_json({"targets": [3]})
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    config = jl.LoraConfig(rank=np.int64(4), alpha=np.float32(8), dtype=jnp.bfloat16)
+    assert (config.rank, config.alpha, config.dtype) == (4, 8.0, "bfloat16")
+    assert jl.LoraConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("alpha", [1e39, -1e39, 10**400])
+def test_an_alpha_that_overflows_is_refused(alpha: float) -> None:
+    with pytest.raises(jl.ConfigError, match="that float32 can hold"):
+        jl.LoraConfig(alpha=alpha)

@@ -23,9 +23,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "rules",
         "adapter config",
         "virtual initializers",
-        "interpreter",
+        "interpreter lowrank",
         "transform optim training io",
-        "discover algebra",
+        "discover algebra combine extract",
         "plan summary",
     )
 )

@@ -111,8 +111,9 @@ class TestLabels:
         assert counts == {TRAINED: 2 * 6, FROZEN: 2 * 3 + 6}
         assert set(jax.tree.leaves(found["base"])) == {FROZEN}
 
-    def test_what_is_called_a_but_is_no_factor_is_frozen(self) -> None:
-        assert labels({"a": jnp.ones(2), "b": jnp.ones(2)}) == {"a": FROZEN, "b": FROZEN}
+    def test_a_tree_without_an_adapter_is_refused(self) -> None:
+        with pytest.raises(jl.AdapterError, match="got dict: there is nothing to train"):
+            labels({"a": jnp.ones(2), "b": jnp.ones(2)})
 
 
 class TestWhatMoves:

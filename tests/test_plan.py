@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import jax_lora as jl
-from jax_lora.plan import param_key
+from jax_lora.adapter import param_key
 
 PLAN = """\
 LoRA plan: rank 3, scale 2, float32, a kaiming, b zero

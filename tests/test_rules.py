@@ -433,7 +433,7 @@ def test_all_mistakes_are_in_one_error() -> None:
         ({"layers": (1.0,)}, "got layers=(1.0,)"),
         ({"layers": (True,)}, "got layers=(True,)"),
         ({"layers": "12"}, "got layers='12'"),
-        ({"rank": 0}, "expected a rank of at least 1, got rank=0"),
+        ({"rank": 0}, "expected a rank of at least 1, an integer; got rank=0"),
         ({"alpha": math.inf}, "expected alpha to be a finite number"),
         ({"scaling": "rs-lora"}, "nearest: 'rslora'"),
         ({"init": "zeros"}, "expected init to be one of"),
@@ -445,6 +445,12 @@ def test_a_bad_value_is_refused_and_the_rule_named(fields: Any, expected: str) -
         jl.Rule(**{"match": "enc/**", **fields})
     assert expected in str(error.value)
     assert str(error.value).startswith(f"Rule(match={fields.get('match', 'enc/**')!r}): ")
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    rule = jl.Rule("**", rank=np.int64(4), alpha=np.float32(8), dtype=jnp.bfloat16)  # type: ignore[arg-type]
+    assert jl.Rule.from_json(json.loads(json.dumps(rule.to_json()))) == rule
+    assert (rule.rank, rule.alpha, rule.dtype) == (4, 8.0, "bfloat16")
 
 
 def test_all_bad_values_of_a_rule_are_in_one_error() -> None:

@@ -209,9 +209,9 @@ class TestWrongly:
             (("--epoch", "1"), ["--epoch", "--epochs"]),
             (("--rank", "many"), ["--rank", "many"]),
             (("--parallel", "gpu"), ["gpu", "'pmap'"]),
-            (("--epochs", "0"), ["expected --epochs from 1", "got 0"]),
-            (("--batch-size", "-1"), ["expected --batch-size from 1", "got -1"]),
-            (("--learning-rate", "nan"), ["expected --learning-rate from 0", "got nan"]),
+            (("--epochs", "0"), ["expected --epochs of at least 1", "got 0"]),
+            (("--batch-size", "-1"), ["expected --batch-size of at least 1", "got -1"]),
+            (("--learning-rate", "nan"), ["expected --learning-rate of at least 0", "got nan"]),
         ):
             code, out, err = run("reproduce_cifar10", *TINY, *arguments, "--out", tmp_path / "x")
             assert (code, out) == (2, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 from collections.abc import Callable
@@ -346,3 +347,49 @@ def test_printing_inside_a_model_is_no_obstacle(
     check_dense(fun, params, planned(fun, params, x), x, strict=False)
     jax.effects_barrier()
     assert "sum " in capfd.readouterr().out
+
+
+def test_jit_counts_and_names_the_adapter_among_the_arguments(normal: Any, filled: Any) -> None:
+    def fun(params: Any, x: Any, train: bool = False) -> Any:
+        return (x @ params["w"]) * (2.0 if train else 1.0)
+
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+    plan = jl.plan(fun, params, x, config=jl.LoraConfig(rank=2))
+    adapter = filled(jl.init(jax.random.key(0), params, plan))
+    adapted = jl.apply(fun)
+    assert list(inspect.signature(adapted).parameters) == ["params", "adapter", "x", "train"]
+    plain = adapted(params, adapter, x)
+    np.testing.assert_allclose(
+        jax.jit(adapted, static_argnums=3)(params, adapter, x, True), 2 * plain, rtol=1e-6
+    )
+    named = jax.jit(adapted, static_argnames="train")
+    np.testing.assert_allclose(named(params, adapter, x, True), 2 * plain, rtol=1e-6)
+    jaxpr = jax.make_jaxpr(jax.jit(adapted, donate_argnames="x"))(params, adapter, x)
+    donated = jaxpr.jaxpr.eqns[0].params["donated_invars"]
+    assert [i for i, given in enumerate(donated) if given] == [len(donated) - 1]  # x, the last leaf
+
+
+def test_a_function_without_a_telling_signature_is_adapted_too(normal: Any, filled: Any) -> None:
+    def fun(*args: Any) -> Any:
+        return args[1] @ args[0]["w"]
+
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+    plan = jl.plan(fun, params, x, config=jl.LoraConfig(rank=2))
+    adapter = filled(jl.init(jax.random.key(0), params, plan))
+    got = jax.jit(jl.apply(fun))(params, adapter, x)
+    np.testing.assert_allclose(got, fun(jl.merge(params, adapter), x), rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_of_another_type_are_refused_by_name(normal: Any) -> None:
+    def fun(params: Any, x: Any) -> Any:
+        return x @ params["w"]
+
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+    plan = jl.plan(fun, params, x, config=jl.LoraConfig(rank=2))
+    for wrong in (None, plan, {"w": 1}):
+        with pytest.raises(jl.AdapterError, match=r"expected an adapter .*Adapter\), got"):
+            jl.apply(fun)(params, wrong, x)
+    with pytest.raises(jl.AdapterError, match=r"expected a configuration .*LoraConfig\), got dict"):
+        jl.plan(fun, params, x, config={"rank": 2})
+    with pytest.raises(jl.AdapterError, match=r"expected a plan .*Plan\), got LoraConfig"):
+        jl.init(jax.random.key(0), params, jl.LoraConfig())

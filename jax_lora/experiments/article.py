@@ -124,7 +124,12 @@ def new_folder(out: Path | None, name: str) -> Path:
     """
     if out is None:
         out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(
+            f"expected --out to be a new or an empty folder; {out} is a file, never overwritten"
+        )
+    if out.exists() and any(out.iterdir()):
         raise ConfigError(
             f"expected --out to be a new or an empty folder; {out} already holds something and is "
             "never overwritten: choose another one, or remove it"
@@ -255,6 +260,7 @@ def run_pretrain(options: Pretrain) -> None:
     out = new_folder(options.out, "base")
     dataset = load_data(options)
     print(f"data: {dataset.source}")
+    out.mkdir(parents=True, exist_ok=True)  # if it cannot be written, then not after training
     model, phase = pretrain(options, dataset)
     save_base(out, model, dataset, phase)
     print(f"base: {phase.accuracy[-1]:.2%} on the test split; saved in {out}")
@@ -267,6 +273,7 @@ def run_finetune(options: FinetuneLora) -> None:
     dataset = load_data(options)
     check_dataset(metadata, dataset, options.base)
     print(f"data: {dataset.source}")
+    out.mkdir(parents=True, exist_ok=True)
     plan, phase = finetune(options, model, params, dataset)
     print(plan)
     save_adapter(out, phase, plan, dataset)
@@ -335,6 +342,7 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
     data_seconds = time.perf_counter() - start
     print(f"data: {dataset.source} ({data_seconds:.1f} s)")
     check_lora(options, dataset)
+    out.mkdir(parents=True, exist_ok=True)
 
     model, base = pretrain(options, dataset)
     save_base(out / BASE, model, dataset, base)
@@ -384,6 +392,7 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
         "base_bytes": tables["base"].param_bytes,
         "adapter_disk_bytes": _disk_bytes(out / ADAPTER),
         "base_disk_bytes": _disk_bytes(out / BASE),
+        "gradient_bytes": {name: table.trained_bytes for name, table in tables.items()},
         "optimizer_bytes": {"base": base.optimizer_bytes, "lora": lora.optimizer_bytes},
         "tables": {name: str(table) for name, table in tables.items()},
         "versions": environment.versions(),
@@ -424,13 +433,12 @@ def _changes(options: Reproduce) -> dict[str, list[Any]]:
 
 
 def _notes(dataset: Dataset) -> list[str]:
-    notes = [
+    if dataset.name != "cifar10":
+        return ["This run is not on CIFAR-10, so its numbers say nothing about the article's."]
+    return [
         "The article's LoRA table repeats the base's multiply-adds, because its counter does not "
         "see A and B; the table here counts x A and (x A) B."
     ]
-    if dataset.name != "cifar10":
-        notes.append("This run is not on CIFAR-10, so its numbers say nothing about the article's.")
-    return notes
 
 
 def _disk_bytes(folder: Path) -> int:

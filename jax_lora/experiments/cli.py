@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -27,11 +30,18 @@ def main(
 
     Returns:
         The exit code: 0; 1 after a failed write or an error of this library, which was printed;
-        130 after Ctrl-C. What was saved before either stays valid.
+        130 after Ctrl-C, 141 after the reader of the output left, as shells have it. What was saved
+        before stays valid.
 
     Raises:
         SystemExit: With code 2 after options that cannot be parsed, with code 0 after --help.
     """
+    if threading.current_thread() is threading.main_thread():
+        # The scripts leave Ctrl-C to the system while they import; from here on it is an exception.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
     try:
         run(tyro.cli(options, args=argv))
     except KeyboardInterrupt:
@@ -42,7 +52,7 @@ def main(
         return 1
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -102,11 +102,17 @@ def data_parallel(options: TrainOptions) -> DataParallel:
     Raises:
         ConfigError: There are fewer devices.
     """
-    devices = jax.local_devices()
+    try:
+        devices = jax.local_devices()
+    except Exception as error:  # a RuntimeError or an AssertionError, by backend
+        raise ConfigError(
+            f"expected a JAX backend, found none that works ({error or type(error).__name__}); "
+            "correct or unset JAX_PLATFORMS"
+        ) from error
     sharing = (n for n in range(len(devices), 0, -1) if options.batch_size % n == 0)
     wanted = options.num_devices or next(sharing)
     if wanted > len(devices):
-        raise ConfigError(f"expected at most {len(devices)} devices (all there are), got {wanted}")
+        raise ConfigError(f"expected --num-devices of at most {len(devices)}, got {wanted}")
     return DataParallel(options.parallel, tuple(devices[:wanted]))
 
 

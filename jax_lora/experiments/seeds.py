@@ -34,10 +34,15 @@ class Seeds(Reproduce):
 
 def run_seeds(options: Seeds) -> dict[str, Any]:
     """Run all seeds; print the table and return what the JSON file holds."""
+    last = options.seed + options.num_seeds - 1
+    if last >= 2**32:
+        raise ConfigError(f"expected the last seed below 2**32, got {last}; lower --seed")
     if options.out is not None and options.out.exists():
         raise ConfigError(f"expected --out to be a new file, but {options.out} exists")
     dataset = load_data(options)
     check_lora(options, dataset)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(options.seed, options.seed + options.num_seeds):
         seeded = dataclasses.replace(options, seed=seed)
@@ -61,7 +66,6 @@ def run_seeds(options: Seeds) -> dict[str, Any]:
     }
     print(table(results))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         report.write_json(results, options.out)
     return results
 

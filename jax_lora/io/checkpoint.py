@@ -9,10 +9,16 @@ compressed chunk is otherwise read as another number without complaint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
+import signal
+import sys
+import threading
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - it is a dependency of
 
 from jax_lora.adapter import Adapter, Layout, LoraFactors, check_fits, leaves_by_path
 from jax_lora.config import LoraConfig
-from jax_lora.errors import CheckpointError
+from jax_lora.errors import CheckpointError, expect_type
 
 _ADAPTER, _PARAMS = "jax_lora.adapter", "jax_lora.params"
 _VERSION = 1
@@ -39,12 +45,12 @@ def save_params(folder: str | Path, params: Any, metadata: Mapping[str, Any] | N
     """Write parameters as an orbax checkpoint.
 
     Args:
-        folder: The checkpoint, which must not exist yet.
+        folder: The checkpoint: a folder that does not exist yet, or is empty.
         params: A pytree of arrays. Containers other than dicts and lists come back as these.
         metadata: JSON-able facts to keep beside them, such as the model's sizes.
 
     Raises:
-        CheckpointError: The folder exists, or it cannot be written.
+        CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
     """
     _save(folder, params, {"format": _PARAMS, "metadata": dict(metadata or {})})
 
@@ -74,14 +80,15 @@ def save_adapter(
     each path's layout, and the configuration if there is one.
 
     Args:
-        folder: The checkpoint, which must not exist yet.
+        folder: The checkpoint: a folder that does not exist yet, or is empty.
         adapter: The adapter.
         config: The configuration it was made with.
         metadata: JSON-able facts to keep beside it.
 
     Raises:
-        CheckpointError: The folder exists, or it cannot be written.
+        CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
     """
+    expect_type("an adapter", adapter, Adapter)
     arrays = {path: {"a": f.a, "b": f.b, "scale": f.scale} for path, f in adapter.items()}
     document = {
         "format": _ADAPTER,
@@ -121,9 +128,15 @@ def load_adapter(
 
 
 def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:
-    path = Path(folder).absolute()
-    if path.exists():
-        raise CheckpointError(f"{folder}: expected a new folder, but it exists; choose another one")
+    path = Path(folder).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(
+            f"{folder}: expected a new or an empty folder, but it holds something; choose another"
+        )
+    odd = [p for p, leaf in leaves_by_path(arrays).items() if not _is_storable(leaf)]
+    if odd or not jax.tree.leaves(arrays):
+        what = f"found other leaves at {', '.join(odd)}" if odd else "found none"
+        raise CheckpointError(f"{folder}: expected a tree of arrays that are not empty, {what}")
     document = {"version": _VERSION, "arrays": _describe(arrays)} | document
     checked = document | {"crc32": _checksum(document)}
     items = ocp.args.Composite(
@@ -131,16 +144,65 @@ def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(path, items)
-    except OSError as error:
+        if path.exists():
+            path.rmdir()  # it is empty, and orbax wants to make it
+        with _interrupts_deferred(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
+            saver.save(path, items)
+    except Exception as error:  # whatever a full or read-only disk makes the storage layer raise
+        for partial in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
+def _is_storable(leaf: Any) -> bool:
+    # A typed PRNG key has an extended dtype; numpy knows none of these.
+    plain = hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return plain and np.size(leaf) > 0
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Hold back Ctrl-C until the body is done: a save takes a moment, and is whole or absent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _late_reads_quiet() -> Iterator[None]:
+    """Keep the threads of a failed restore from printing.
+
+    When one array cannot be read, orbax closes its event loop while others are still being read;
+    each of these then complains to the closed loop, after the error that we raise.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.2)
+        raise
+    finally:
+        sys.unraisablehook = previous
+
+
 def _load(folder: str | Path, expected: str) -> tuple[Any, dict[str, Any]]:
-    path = Path(folder).absolute()
+    path = Path(folder).expanduser().absolute()
     if not path.is_dir():
-        near = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob("[!.]*/")) if path.parent.is_dir() else []
         beside = f"; beside it: {', '.join(near)}" if near else ""
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found none{beside}")
     if not (path / "arrays").is_dir() or not (path / "config").is_dir():
@@ -211,7 +273,7 @@ def _restore_arrays(path: Path) -> Any:
     handler = ocp.CompositeCheckpointHandler(
         arrays=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _late_reads_quiet(), ocp.Checkpointer(handler) as checkpointer:
         tree = checkpointer.metadata(path).item_metadata["arrays"].tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(restore_args=restore_args)

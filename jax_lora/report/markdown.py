@@ -170,15 +170,16 @@ def _parameters(results: Mapping[str, Any], reference: Mapping[str, Any] | None)
 
 def _memory(results: Mapping[str, Any]) -> list[str]:
     base, adapter = results["base_bytes"], results["adapter_bytes"]
+    gradients = results.get("gradient_bytes", {"base": base, "lora": adapter})
     rows = [
         _compare("arrays", base, adapter),
         _compare("on disk", results.get("base_disk_bytes"), results.get("adapter_disk_bytes")),
-        _compare("gradients while training", base, adapter),
+        _compare("gradients while training", gradients["base"], gradients["lora"]),
     ]
     state = results.get("optimizer_bytes")
     if state is not None:
         rows.append(_compare("optimizer state", state["base"], state["lora"]))
-        total = (base + state["base"], adapter + state["lora"])
+        total = [gradients[phase] + state[phase] for phase in PHASES]
         rows.append(_compare("gradients + optimizer state", *total))
     unchanged = (
         "The base weights are bitwise what they were before LoRA."
@@ -187,7 +188,7 @@ def _memory(results: Mapping[str, Any]) -> list[str]:
     )
     return [
         "## Memory and storage",
-        table(["bytes", "whole model", "adapter", "adapter / model"], rows),
+        table(["bytes", "training the base", "training the adapter", "adapter / base"], rows),
         "Gradients are counted as one array like each trained one; a MB is 10^6 bytes.",
         unchanged,
     ]

@@ -11,6 +11,7 @@ Keys marked ``?`` may be absent::
     base_unchanged: bool    is every base weight bitwise what it was before LoRA?
     base_bytes: int         adapter_bytes: int          of the arrays
     base_disk_bytes?: int   adapter_disk_bytes?: int    of the files
+    gradient_bytes?: {base, lora}                       of what is trained; else as the arrays
     optimizer_bytes?: {base, lora}                      of the optimizer state, gradients apart
     tables: {base: str, lora: str}                      parameter tables, preformatted
     versions: dict          hardware: dict              notes: [caveat, ...]

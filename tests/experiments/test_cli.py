@@ -109,7 +109,7 @@ def test_help_is_made_of_the_docstring(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no /bin/sh")
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
     code = """
 import dataclasses, sys
 from jax_lora.experiments.cli import main
@@ -134,4 +134,4 @@ sys.exit(main(Options, run, []))
         check=True,
     )
     assert done.stdout == "0\n"
-    assert done.stderr == "code 0\n"
+    assert done.stderr == "code 141\n"

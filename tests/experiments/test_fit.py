@@ -125,7 +125,7 @@ def test_a_run_that_diverges_says_where_and_what_to_do() -> None:
 
 def test_more_devices_than_there_are() -> None:
     there = len(jax.local_devices())
-    with pytest.raises(ConfigError, match=rf"at most {there} devices .*, got {there + 1}"):
+    with pytest.raises(ConfigError, match=rf"--num-devices of at most {there}, got {there + 1}"):
         data_parallel(TrainOptions(num_devices=there + 1))
     assert data_parallel(TrainOptions()).devices == tuple(jax.local_devices())
 

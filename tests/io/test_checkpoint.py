@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jax_lora as jl
+from jax_lora.io import checkpoint
 
 Files = dict[str, bytes]
 
@@ -183,14 +187,44 @@ class TestRefusals:
         self, tmp_path: Path, params: Any, adapter: jl.Adapter, base: Path
     ) -> None:
         (tmp_path / "file").write_text("hello")
-        (tmp_path / "empty").mkdir()
         before = files_of(tmp_path)
-        for name in ("base", "file", "empty"):
-            with pytest.raises(jl.CheckpointError, match="it exists; choose another"):
+        for name in ("base", "file"):
+            with pytest.raises(jl.CheckpointError, match="it holds something; choose another"):
                 jl.io.save_params(tmp_path / name, params)
-            with pytest.raises(jl.CheckpointError, match="it exists; choose another"):
+            with pytest.raises(jl.CheckpointError, match="it holds something; choose another"):
                 jl.io.save_adapter(tmp_path / name, adapter)
         assert files_of(tmp_path) == before
+
+    def test_an_empty_folder_may_be_filled(self, tmp_path: Path, params: Any) -> None:
+        (tmp_path / "empty").mkdir()
+        jl.io.save_params(tmp_path / "empty", params)
+        jl.io.load_params(tmp_path / "empty")
+
+    @pytest.mark.parametrize(
+        "leaves", [{}, {"w": "text"}, {"w": jnp.zeros((0, 3))}, {"w": jax.random.key(0)}]
+    )
+    def test_what_is_no_array_is_refused_before_anything_is_written(
+        self, tmp_path: Path, leaves: Any
+    ) -> None:
+        with pytest.raises(
+            jl.CheckpointError, match="expected a tree of arrays that are not empty"
+        ):
+            jl.io.save_params(tmp_path / "base", leaves)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_ctrl_c_while_saving_waits_for_the_save(self, tmp_path: Path, params: Any) -> None:
+        timer = threading.Timer(0.005, os.kill, [os.getpid(), signal.SIGINT])
+
+        def save() -> None:
+            with checkpoint._interrupts_deferred():
+                timer.start()
+                jl.io.save_params(tmp_path / "base", params)
+                timer.join()
+
+        with pytest.raises(KeyboardInterrupt):
+            save()
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        jl.io.load_params(tmp_path / "base")
 
     def test_a_target_that_cannot_be_made(self, tmp_path: Path, params: Any) -> None:
         (tmp_path / "file").write_text("hello")
