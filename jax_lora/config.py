@@ -15,8 +15,9 @@ from jax_lora.rules import (
     Rule,
     Scaling,
     check_fields,
-    check_values,
     pattern_problems,
+    plain_values,
+    value_problems,
 )
 
 
@@ -58,9 +59,10 @@ class LoraConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        values, problems = check_values({name: getattr(self, name) for name in SETTINGS})
+        values = plain_values({name: getattr(self, name) for name in SETTINGS})
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        problems = value_problems(values)
         for name, kinds, what in (
             ("targets", (str, Rule), "globs over parameter paths, or rules"),
             ("exclude", (str,), "globs over parameter paths"),

@@ -131,10 +131,9 @@ class Rule:
                 )
             else:
                 object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        values, wrong = check_values(self.overrides)
-        problems += wrong
-        for name, value in values.items():
+        for name, value in plain_values(self.overrides).items():
             object.__setattr__(self, name, value)
+        problems += value_problems(self.overrides)
         if problems:
             raise ConfigError(f"Rule(match={self.match!r}): " + "\n  ".join(problems))
 
@@ -202,22 +201,40 @@ class Rule:
 SETTINGS = ("rank", "alpha", "scaling", "init", "dtype")
 
 
-def check_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values of `SETTINGS` as plain numbers and words, and what is wrong with them."""
-    plain = dict(values)
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and dtypes of numpy and JAX as Python's; what is neither stays as it is."""
+
+    def plain(name: str, value: Any) -> Any:
+        if isinstance(value, (bool, str)) or value is None:
+            return value
+        if name == "rank" and isinstance(value, numbers.Integral):
+            return int(value)
+        if name == "alpha" and isinstance(value, numbers.Real):
+            try:
+                return float(value)
+            except OverflowError:
+                return value
+        if name == "dtype":
+            try:
+                return jnp.dtype(value).name
+            except TypeError:
+                return value
+        return value
+
+    return {name: plain(name, value) for name, value in values.items()}
+
+
+def value_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with values of `SETTINGS`; empty if nothing is."""
     problems = []
     if "rank" in values:
         rank = values["rank"]
-        if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank) >= 1:
-            plain["rank"] = int(rank)
-        else:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             problems.append(f"expected a rank of at least 1, an integer; got rank={rank!r}")
     if "alpha" in values:
         alpha = values["alpha"]
-        number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
-        if number and abs(alpha) <= _LARGEST_ALPHA:
-            plain["alpha"] = float(alpha)
-        else:
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not abs(alpha) <= _LARGEST_ALPHA:
             problems.append(
                 f"expected alpha to be a finite number that float32 can hold, got alpha={alpha!r}"
             )
@@ -227,12 +244,14 @@ def check_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 f"expected {name} to be one of {', '.join(choices)}; got {values[name]!r} "
                 f"({near_misses(str(values[name]), choices)})"
             )
-    if "dtype" in values:
-        dtype = values["dtype"]
-        plain["dtype"] = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        if plain["dtype"] not in ("float64", "float32", "bfloat16", "float16"):
-            problems.append(f"expected a floating-point dtype such as float32, got {dtype!r}")
-    return plain, problems
+    if "dtype" in values and values["dtype"] not in (
+        "float64",
+        "float32",
+        "bfloat16",
+        "float16",
+    ):
+        problems.append(f"expected a floating-point dtype such as float32, got {values['dtype']!r}")
+    return problems
 
 
 def check_fields(cls: type, data: Mapping[str, Any]) -> None:
@@ -289,10 +308,10 @@ def path_matches(pattern: str, path: str) -> bool:
 
 
 def matching_paths(globs: str | Iterable[str], paths: Iterable[str]) -> set[str]:
-    """The paths that at least one glob matches.
+    """The paths that at least one pattern matches.
 
     Raises:
-        TargetError: Names every glob that matches nothing, with the nearest paths.
+        TargetError: Names every pattern that matches nothing, with the nearest paths.
 
     Example:
         >>> sorted(matching_paths(("l1/*", "**/bias"), ["l1/kernel", "l2/kernel", "l2/bias"]))

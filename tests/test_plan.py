@@ -147,6 +147,8 @@ def test_nothing_left_to_adapt_is_an_error_that_lists_the_reasons() -> None:
     assert "'all-linear' matches none of the 0 parameters that can be adapted" in str(error.value)
     assert "b: used by add, not as a matrix" in str(error.value)
     assert "c: the function never uses it" in str(error.value)
+    with pytest.raises(jl.TargetError, match="the first argument has no arrays in it"):
+        jl.plan(lambda params, x: x, {}, _shape(4))
 
 
 def test_rank() -> None:

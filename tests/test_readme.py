@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
-    model = MLP((8, 3))
+    model = MLP((8, 8))
     x = jax.random.normal(jax.random.key(1), (5, 6))
     params = model.init(jax.random.key(0), x)
     names = {
@@ -32,7 +32,7 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     # optax.adam itself mixes dtypes, which the strict promotion of these tests refuses.
     with jax.numpy_dtype_promotion("standard"):
         exec(blocks[0], names)
@@ -53,6 +53,12 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     )
 
     exec(blocks[2], names)
+    exec(blocks[3], names)
+    ranks = {
+        path: t.rank
+        for path, t in jl.plan(model.apply, params, x, config=names["config"]).targets.items()
+    }
+    assert ranks == {"params/l1/kernel": 2, "params/l2/kernel": 8}
     np.testing.assert_array_equal(
         names["arrays"]["params/l1/kernel"]["a"], adapter["params/l1/kernel"].a
     )
