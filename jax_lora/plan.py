@@ -292,7 +292,8 @@ def _select(
         near = near_misses(pattern, leaves)
         dead.append(f"exclude[{k}] {pattern!r} matches no parameter ({near})")
     if not adaptable:
-        dead += [f"{path}: {reason}" for path, reason in skipped.items()]
+        reasons = [f"{path}: {reason}" for path, reason in skipped.items()]
+        dead += reasons or ["the first argument has no arrays in it, or is no registered pytree"]
     ranks = _rank_problems(tallies)
     if dead or problems:
         raise TargetError(

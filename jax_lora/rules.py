@@ -131,6 +131,8 @@ class Rule:
                 )
             else:
                 object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        for name, value in plain_values(self.overrides).items():
+            object.__setattr__(self, name, value)
         problems += value_problems(self.overrides)
         if problems:
             raise ConfigError(f"Rule(match={self.match!r}): " + "\n  ".join(problems))

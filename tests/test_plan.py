@@ -119,7 +119,7 @@ def test_all_problems_are_named_in_one_error() -> None:
         _plan(targets=("enc/l1/kernal", "head/*", "**/kernel"), exclude=("decoder/**",))
     text = str(error.value)
     assert "targets[0] 'enc/l1/kernal' matches no parameter (nearest: 'enc/l1/kernel'" in text
-    assert "exclude[0] 'decoder/**' matches no parameter" in text
+    assert "exclude[0] 'decoder/**' matches no parameter (known: 'enc/l1/bias'" in text
     assert "head/bias: matched by 'head/*' but used by add, not as a matrix" in text
     assert "spare/kernel: matched by '**/kernel' but the function never uses it" in text
     assert len(text.splitlines()) == 5
@@ -147,6 +147,8 @@ def test_nothing_left_to_adapt_is_an_error_that_lists_the_reasons() -> None:
     assert "'all-linear' matches none of the 0 parameters that can be adapted" in str(error.value)
     assert "b: used by add, not as a matrix" in str(error.value)
     assert "c: the function never uses it" in str(error.value)
+    with pytest.raises(jl.TargetError, match="the first argument has no arrays in it"):
+        jl.plan(lambda params, x: x, {}, _shape(4))
 
 
 def test_rank() -> None:

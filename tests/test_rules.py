@@ -100,12 +100,12 @@ def test_ranks_and_alphas_by_pattern_are_what_each_target_gets() -> None:
 def test_init_and_dtype_by_rule_on_the_arrays() -> None:
     plan = _plan(
         jl.Rule("**/q/kernel", init="gaussian", dtype="bfloat16", rank=32),
-        jl.Rule("**/v/kernel", init="article", rank=16),
+        jl.Rule("**/v/kernel", init="article", rank=16, dtype="float32"),
         jl.Rule("**/mlp/kernel", rank=16),
         dtype="float16",
     )
     adapter = jl.init(jax.random.key(0), _params(), plan)
-    dtypes = {"q": jnp.bfloat16, "v": jnp.float16, "mlp": jnp.float16}
+    dtypes = {"q": jnp.bfloat16, "v": jnp.float32, "mlp": jnp.float16}
     drawn: dict[str, list[np.ndarray]] = {"q": [], "v": [], "mlp": []}
     for path, f in adapter.items():
         name = path.split("/")[-2]
@@ -122,7 +122,9 @@ def test_init_and_dtype_by_rule_on_the_arrays() -> None:
         assert 0.99 * bound < np.abs(a[name]).max() <= bound * (1 + 2**-10)
         assert a[name].std() == pytest.approx(bound / math.sqrt(3), rel=0.04)
     itemsizes = sum(f.a.nbytes + f.b.nbytes + 4 for f in adapter.values())
-    assert plan.adapter_bytes == adapter.nbytes == itemsizes == 2 * plan.trainable_params + 4 * 12
+    # Two bytes each, in v four.
+    in_closed_form = 2 * plan.trainable_params + 2 * DEPTH * 16 * 128 + 4 * 12
+    assert plan.adapter_bytes == adapter.nbytes == itemsizes == in_closed_form
 
 
 def test_a_rule_that_sets_nothing_is_its_glob() -> None:
@@ -264,6 +266,10 @@ def test_layers() -> None:
     for layers in ((3, 1), [1, 3, 3], range(1, 4, 2)):
         plan = _plan(jl.Rule("**/layers_{layer}/mlp/kernel", layers=layers))  # type: ignore[arg-type]
         assert list(plan.targets) == [_kernel(1, "mlp"), _kernel(3, "mlp")]
+    # What could not be adapted in any layer says that.
+    plan = _plan(jl.Rule("**/mlp/*", layers=(1,)), exclude="layers_1/mlp/bias")
+    assert plan.skipped["layers_2/mlp/bias"] == "used by add, not as a matrix"
+    assert plan.skipped["layers_2/mlp/kernel"] == outside
     # What one rule leaves, the next takes; presets and predicates have layers too.
     plan = _plan(
         jl.Rule("all-linear", layers=(1,)),
@@ -441,6 +447,12 @@ def test_a_bad_value_is_refused_and_the_rule_named(fields: Any, expected: str) -
     assert str(error.value).startswith(f"Rule(match={fields.get('match', 'enc/**')!r}): ")
 
 
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    rule = jl.Rule("**", rank=np.int64(4), alpha=np.float32(8), dtype=jnp.bfloat16)  # type: ignore[arg-type]
+    assert jl.Rule.from_json(json.loads(json.dumps(rule.to_json()))) == rule
+    assert (rule.rank, rule.alpha, rule.dtype) == (4, 8.0, "bfloat16")
+
+
 def test_all_bad_values_of_a_rule_are_in_one_error() -> None:
     with pytest.raises(jl.ConfigError) as error:
         jl.Rule("re:(", layers=(), rank=0, alpha=math.nan, dtype="int8")
@@ -470,6 +482,8 @@ def test_json_has_every_field_and_none_that_is_not_set() -> None:
     assert jl.Rule("**/q").to_json() == {"match": "**/q"}
     assert jl.Rule.from_json({"match": "**/q"}) == jl.Rule("**/q")
     assert hash(rule) == hash(jl.Rule.from_json(data))
+    # Layers are a set, in whatever form they are given.
+    assert jl.Rule("**", (3, 1)) == jl.Rule("**", [1, 3, 3]) == jl.Rule("**", range(1, 4, 2))  # type: ignore[arg-type]
 
 
 def test_json_keeps_the_name_of_a_predicate_and_says_so_when_it_is_needed() -> None:
