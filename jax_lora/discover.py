@@ -22,10 +22,20 @@ from jax_lora.transform import Traced
 _Axes = tuple[frozenset[int], ...]
 #: Primitives that a weight passes through unchanged in shape, if no other array joins in.
 _UNARY = {"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"}
-_UNARY |= {"stop_gradient", "neg", "reduce_precision"}
+_UNARY |= {"stop_gradient", "neg", "reduce_precision", "rev", "pvary", "pcast"}
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
 _CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+
+_LOOPS = {"scan": "scan", "while": "while_loop", "cond": "cond", "shard_map": "shard_map"}
+#: Primitives whose use of a parameter gives it a layout, and what such a use is called.
+MATRIX_USES = {
+    "dot_general": "linear",
+    "ragged_dot_general": "linear",
+    "conv_general_dilated": "convolution",
+    "gather": "embedding",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Use:
     def layout(self, shape: tuple[int, ...]) -> Layout | None:
         """The layout this use gives a weight of ``shape``; None if it is not a matrix product."""
         roles = (*self.in_axes, *self.out_axes, *self.stack_axes)
-        if self.primitive != "dot_general" or sorted(roles) != list(range(len(shape))):
+        if self.primitive not in MATRIX_USES or sorted(roles) != list(range(len(shape))):
             return None
         if not self.in_axes or not self.out_axes:
             return None
@@ -157,13 +167,13 @@ class _Walk:
                 "jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
             )
             return self.run(open_jaxpr(body)[0], probes, steps)
-        if name == "scan":
-            return self.scan(eqn, probes, steps)
+        if name in _LOOPS:
+            return getattr(self, _LOOPS[name])(eqn, probes, steps)
         first = probes[0]
         if first is not None and eqn.outvars and all(p is None for p in probes[1:]):
             moved = _restructure(eqn, first)
             if moved is not None:
-                return [moved]
+                return [moved] * len(eqn.outvars)
         scaled: list[_Probe | None] = [None] * len(eqn.outvars)
         if name in ("mul", "div"):
             # By a scalar, which may be a parameter too, a weight is only scaled.
@@ -187,6 +197,24 @@ class _Walk:
         # A weight that a scan returns is followed no further.
         return [None] * len(eqn.outvars)
 
+    def while_loop(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        params = eqn.params
+        first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        carry = probes[second:]
+        self.run(open_jaxpr(params["cond_jaxpr"])[0], [*probes[:first], *carry], steps)
+        # How often the body runs is not known: its uses count once.
+        return self.run(open_jaxpr(params["body_jaxpr"])[0], probes[first:], steps)
+
+    def cond(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        for branch in eqn.params["branches"]:
+            self.run(open_jaxpr(branch)[0], probes[1:], steps)
+        return [None] * len(eqn.outvars)
+
+    def shard_map(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        # Shapes inside are those of one device's part; axes keep their roles.
+        self.run(open_jaxpr(eqn.params["jaxpr"])[0], probes, steps * eqn.params["mesh"].size)
+        return [None] * len(eqn.outvars)
+
     def record(self, eqn: Any, probes: list[_Probe | None], index: int, steps: int) -> None:
         probe = probes[index]
         assert probe is not None
@@ -203,6 +231,25 @@ class _Walk:
             stacked = stacked | probe.behind(batch[index])
             sizes = eqn.invars[index].aval.shape
             cost = math.prod(output) * math.prod(sizes[i] for i in contract[index])
+        elif name == "conv_general_dilated" and index == 1:
+            numbers = eqn.params["dimension_numbers"]
+            out_axis, *summed = numbers.rhs_spec
+            contracted, kept = probe.behind(summed), probe.axes[out_axis]
+            sizes = eqn.invars[index].aval.shape
+            cost = math.prod(output) * math.prod(sizes[i] for i in summed)
+        elif name == "ragged_dot_general" and index == 1:
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            summed = numbers.dot_dimension_numbers[0][1]
+            groups = numbers.rhs_group_dimensions
+            free = [i for i in range(len(probe.axes)) if i not in (*summed, *groups)]
+            contracted, kept = probe.behind(summed), probe.behind(free)
+            stacked = stacked | probe.behind(groups)
+            sizes = eqn.invars[index].aval.shape
+            cost = math.prod(output) * math.prod(sizes[i] for i in summed)
+        elif name == "gather" and index == 0:
+            # Looking up rows is a product with one-hot rows: the indexed axes are the inputs.
+            contracted = probe.behind(eqn.params["dimension_numbers"].start_index_map)
+            kept = kept - contracted
         elif name in _ELEMENTWISE:
             cost = math.prod(output)
         use = Use(
@@ -241,7 +288,7 @@ def _restructure(eqn: Any, probe: _Probe) -> _Probe | None:
         for index, axis in enumerate(params["broadcast_dimensions"]):
             axes[axis] = probe.axes[index]
         return probe.relabel(axes)
-    if name in ("slice", "dynamic_slice"):
+    if name in ("slice", "dynamic_slice", "split"):
         # An axis of which one entry is taken holds independent matrices.
         before = eqn.invars[0].aval.shape
         taken = [i for i, n in enumerate(shape) if n == 1 < before[i]]

@@ -9,12 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
 from jax_lora.virtual import LoraWeight, wider
 
 _RANK_LETTER = "Z"
+#: What a convolution with another kernel has in common with the one it stands for.
+_CONV_PARAMS = (
+    *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
+    *("feature_group_count", "precision", "preferred_element_type"),
+)
 
 
 def low_rank_einsum(
@@ -116,5 +122,78 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
     )
+    interpreter.factored(weight, eqn)
+    return [out + update.astype(out.dtype)]
+
+
+@rule("conv_general_dilated")
+def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    x, weight = values
+    params = eqn.params
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    out_axis, in_axis, *window = numbers.rhs_spec
+    if isinstance(x, LoraWeight) or params["batch_group_count"] != 1:
+        raise Unfactorable
+    # One factor must hold the window and the in-features, the other the out-features alone.
+    near, far = sorted(weight.factors(), key=lambda factor: out_axis in factor[1])
+    if set(near[1]) != {in_axis, *window, RANK} or set(far[1]) != {out_axis, RANK}:
+        raise Unfactorable
+
+    (out,) = evaluate_one(eqn, [x, weight.w])
+    dtype = wider(x.dtype, weight.dtype)
+    # The first factor as a kernel whose out-features are the rank, once for each group.
+    order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
+    kernel = jnp.transpose(near[0].astype(dtype), order)
+    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+    hidden = lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel,
+        **{name: params[name] for name in _CONV_PARAMS},
+    )
+    feature = numbers.out_spec[1]
+    hidden = jnp.moveaxis(hidden, feature, -1) * weight.scale.astype(hidden.dtype)
+    rank = kernel.shape[out_axis] // groups
+    hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
+    last = jnp.transpose(far[0].astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
+    last = last.reshape(rank, groups, -1)
+    update = jnp.einsum(
+        "...gr,rgo->...go",
+        hidden,
+        last,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    update = jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
+    interpreter.factored(weight, eqn)
+    return [out + update.astype(out.dtype)]
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    x, weight, *rest = values
+    params = eqn.params
+    numbers = params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    plain = not isinstance(x, LoraWeight) and not any(isinstance(v, LoraWeight) for v in rest)
+    usual = (tuple(contract[0]), tuple(batch[0]), x.ndim, weight.ndim) == ((1,), (), 2, 3)
+    grouped = tuple(numbers.lhs_ragged_dimensions) == (0,) and len(rest) == 1
+    if not (plain and usual and grouped and tuple(numbers.rhs_group_dimensions) == (0,)):
+        raise Unfactorable
+    in_axis = contract[1][0]
+    out_axis = 3 - in_axis
+    # The experts' matrices are independent, so each factor has its own for every expert.
+    near, far = sorted(weight.factors(), key=lambda factor: out_axis in factor[1])
+    if set(near[1]) != {0, in_axis, RANK} or set(far[1]) != {0, out_axis, RANK}:
+        raise Unfactorable
+
+    (out,) = evaluate_one(eqn, [x, weight.w, *rest])
+    dtype = wider(x.dtype, weight.dtype)
+    (group_sizes,) = rest
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
+    a = jnp.transpose(near[0], [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
+    b = jnp.transpose(far[0], [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)
+    hidden = lax.ragged_dot(x.astype(dtype), a, group_sizes, **options)
+    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
+    update = lax.ragged_dot(hidden, b, group_sizes, **options)
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]
