@@ -26,7 +26,8 @@ class LoraConfig:
         rank: The rank r of the update, at least 1.
         alpha: The strength of the update; a finite number.
         targets: Which parameters are adapted: ``"all-linear"``, every weight that the function
-            uses in a matrix product, or one or more globs over parameter paths such as
+            uses in matrix products and not otherwise as a matrix (in a convolution, or as an
+            embedding that is looked up), or one or more globs over parameter paths such as
             ``"**/kernel"``. ``*`` stays within one path component, ``**`` crosses components.
         exclude: Globs of parameters that are not adapted although ``targets`` matches them.
         scaling: What multiplies ``a b``: ``"standard"`` alpha/r (Hu et al. 2021,

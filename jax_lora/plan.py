@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path
 from jax_lora.config import ALL_LINEAR, LoraConfig, glob_matches
-from jax_lora.discover import Use, discover, low_rank_multiply_adds
+from jax_lora.discover import MATRIX_USES, Use, discover, low_rank_multiply_adds
 from jax_lora.errors import AdapterError, ConfigError, TargetError, near_misses
 from jax_lora.initializers import INITIALIZERS
 from jax_lora.interpreter import Interpreter
@@ -198,6 +198,10 @@ def _select(
             problems.append(f"{path}: matched by {matched[0]!r} but {obstacle}")
         elif layout is None:
             skipped[path] = obstacle
+        elif not matched and ALL_LINEAR in config.targets and not _is_linear(uses[path]):
+            kinds = dict.fromkeys(MATRIX_USES.get(u.primitive, "") for u in uses[path])
+            kind = " and ".join(k for k in kinds if k)
+            skipped[path] = f"used as {kind}, and {ALL_LINEAR!r} adapts linear layers alone"
         elif matched or ALL_LINEAR in config.targets:
             rule = matched[0] if matched else ALL_LINEAR
             targets[path] = Target(path, layout, rule, uses[path])
@@ -215,6 +219,11 @@ def _select(
         left = "\n  ".join(f"{path}: {reason}" for path, reason in skipped.items())
         raise TargetError(f"expected at least one parameter to adapt, got none:\n  {left}")
     return targets, skipped
+
+
+def _is_linear(uses: tuple[Use, ...]) -> bool:
+    """Whether all uses as a matrix are those of a linear layer, not of a convolution or a lookup."""
+    return {MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES} == {"linear"}
 
 
 def _layout_of(leaf: Any, uses: tuple[Use, ...]) -> tuple[Layout | None, str]:
