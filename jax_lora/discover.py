@@ -16,6 +16,7 @@ import jax
 
 from jax_lora.adapter import Layout, leaves_by_path
 from jax_lora.interpreter.core import is_literal, open_jaxpr
+from jax_lora.interpreter.lookup import is_strided_slice, picked_axes
 from jax_lora.interpreter.structural import reshape_groups
 from jax_lora.transform import Traced
 
@@ -193,9 +194,17 @@ class _Walk:
             if probe is not None and len(outside.aval.shape) == len(inside.aval.shape) + 1:
                 probe = probe.relabel(probe.axes[1:], stack=probe.axes[0])
             inner.append(probe)
-        self.run(body, inner, steps * eqn.params["length"])
-        # A weight that a scan returns is followed no further.
-        return [None] * len(eqn.outvars)
+        outs = self.run(body, inner, steps * eqn.params["length"])
+        before: dict[str, frozenset[int]] = {}
+        for probe in probes:
+            if probe is not None:
+                before[probe.path] = before.get(probe.path, frozenset()) | probe.stack
+        for k, (probe, outside) in enumerate(zip(outs, eqn.outvars, strict=True)):
+            if probe is not None and len(outside.aval.shape) == len(probe.axes) + 1:
+                # What each step took one of, scanned or indexed, is side by side again.
+                steps_axis = probe.stack - before[probe.path]
+                outs[k] = _Probe(probe.path, (steps_axis, *probe.axes), before[probe.path])
+        return outs
 
     def while_loop(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
         params = eqn.params
@@ -206,14 +215,14 @@ class _Walk:
         return self.run(open_jaxpr(params["body_jaxpr"])[0], probes[first:], steps)
 
     def cond(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
-        for branch in eqn.params["branches"]:
-            self.run(open_jaxpr(branch)[0], probes[1:], steps)
-        return [None] * len(eqn.outvars)
+        if probes[0] is not None:
+            self.record(eqn, probes, 0, steps)
+        outs = [self.run(open_jaxpr(b)[0], probes[1:], steps) for b in eqn.params["branches"]]
+        return [next((p for p in out if p is not None), None) for out in zip(*outs, strict=True)]
 
     def shard_map(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
         # Shapes inside are those of one device's part; axes keep their roles.
-        self.run(open_jaxpr(eqn.params["jaxpr"])[0], probes, steps * eqn.params["mesh"].size)
-        return [None] * len(eqn.outvars)
+        return self.run(open_jaxpr(eqn.params["jaxpr"])[0], probes, steps * eqn.params["mesh"].size)
 
     def record(self, eqn: Any, probes: list[_Probe | None], index: int, steps: int) -> None:
         probe = probes[index]
@@ -248,8 +257,10 @@ class _Walk:
             cost = math.prod(output) * math.prod(sizes[i] for i in summed)
         elif name == "gather" and index == 0:
             # Looking up rows is a product with one-hot rows: the indexed axes are the inputs.
-            contracted = probe.behind(eqn.params["dimension_numbers"].start_index_map)
-            kept = kept - contracted
+            picked, paired = picked_axes(eqn)
+            contracted = probe.behind(picked)
+            stacked = stacked | probe.behind(paired)
+            kept = kept - contracted - stacked
         elif name in _ELEMENTWISE:
             cost = math.prod(output)
         use = Use(
@@ -288,6 +299,14 @@ def _restructure(eqn: Any, probe: _Probe) -> _Probe | None:
         for index, axis in enumerate(params["broadcast_dimensions"]):
             axes[axis] = probe.axes[index]
         return probe.relabel(axes)
+    if name == "all_gather" and params["tiled"]:
+        return probe
+    if name == "gather" and is_strided_slice(eqn):
+        numbers = params["dimension_numbers"]
+        (picked,) = numbers.start_index_map
+        rest = iter(i for i in range(len(probe.axes)) if i != picked)
+        order = [next(rest) if k in numbers.offset_dims else picked for k in range(len(shape))]
+        return probe.relabel(probe.axes[i] for i in order)
     if name in ("slice", "dynamic_slice", "split"):
         # An axis of which one entry is taken holds independent matrices.
         before = eqn.invars[0].aval.shape

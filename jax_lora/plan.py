@@ -222,7 +222,7 @@ def _select(
 
 
 def _is_linear(uses: tuple[Use, ...]) -> bool:
-    """Whether all uses as a matrix are those of a linear layer, not of a convolution or a lookup."""
+    """Whether all uses as a matrix are those of a linear layer."""
     return {MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES} == {"linear"}
 
 

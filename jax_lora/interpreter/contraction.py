@@ -1,15 +1,21 @@
-"""Primitives that contract a weight with an input: ``x W`` becomes ``x W + scale (x a) b``."""
+"""Primitives that contract a weight with an input: ``x W`` becomes ``x W + scale (x a) b``.
+
+Formed are the smaller of two weights that are multiplied, a convolution by batch groups, one whose
+window and outputs are in one factor, and ragged products in other forms than rows by expert. Where
+shardings are part of the types, those of ``dot_general`` alone are named.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from string import ascii_letters
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
@@ -32,6 +38,7 @@ def low_rank_einsum(
     *,
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """``scale * einsum(x, a, b -> out)`` as two contractions, through the rank, cheaper one first.
 
@@ -47,6 +54,7 @@ def low_rank_einsum(
             were broadcast along it, yields an axis of size 1.
         precision: As in the contraction that is replaced.
         preferred_element_type: As in the contraction that is replaced.
+        out_sharding: The result's sharding, where shardings are part of the types.
 
     Returns:
         The update of the contraction's result, to be added to ``x W``.
@@ -72,14 +80,54 @@ def low_rank_einsum(
     (near_factor, near), (far_factor, far) = factors[first], factors[1 - first]
     reached_out = [n for n in out_letters if n in kept or n in far]
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    hidden = jnp.einsum(_spec(x_letters, near, kept), x, near_factor, **options)
+    hidden_sharding = None
+    if out_sharding is not None:
+        # The rank is whole, and every other axis is split as in the operand that it comes from.
+        names = _split_as(near_factor, near) | _split_as(x, x_letters) | {_RANK_LETTER: None}
+        hidden_sharding = NamedSharding(out_sharding.mesh, _distinct(names[n] for n in kept))
+        names = dict(zip(out_letters, _spec_of(out_sharding, len(out_letters)), strict=True))
+        out_sharding = NamedSharding(
+            out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
+        )
+    hidden = jnp.einsum(
+        _spec(x_letters, near, kept), x, near_factor, out_sharding=hidden_sharding, **options
+    )
     hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    out = jnp.einsum(_spec(kept, far, reached_out), hidden, far_factor, **options)
+    out = jnp.einsum(
+        _spec(kept, far, reached_out), hidden, far_factor, out_sharding=out_sharding, **options
+    )
     return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
 
 
 def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
     return f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+
+
+def _explicit_sharding(array: jax.Array) -> NamedSharding | None:
+    """The sharding of an array, if shardings are part of the types of its mesh."""
+    sharding = jax.typeof(array).sharding
+    explicit = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
+    return sharding if explicit and AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _spec_of(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+
+
+def _split_as(array: jax.Array, letters: Sequence[str]) -> dict[str, Any]:
+    """The mesh axes along which each of an array's axes is split."""
+    return dict(zip(letters, _spec_of(jax.typeof(array).sharding, array.ndim), strict=True))
+
+
+def _distinct(entries: Iterable[Any]) -> PartitionSpec:
+    """A spec that splits along each mesh axis once, the first time."""
+    used: set[str] = set()
+    spec = []
+    for entry in entries:
+        names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        spec.append(None if names & used else entry)
+        used |= names
+    return PartitionSpec(*spec)
 
 
 @rule("dot_general")
@@ -121,6 +169,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         out_letters,
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=_explicit_sharding(out),
     )
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]

@@ -3,6 +3,9 @@
 A virtual weight is a pytree, so it crosses the boundary of a ``jit`` or a ``checkpoint`` as it is,
 in both directions. A scan takes its factors apart: the ones that hold the scanned axis are scanned
 with ``W``, the others are constants of the loop.
+
+Formed are weights that a loop changes from step to step, those that a branch or a ``shard_map``
+returns, and those that enter a function with a custom derivative: its rule is for the whole weight.
 """
 
 from __future__ import annotations
@@ -216,8 +219,8 @@ def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 @rule("cond")
 def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     index, *operands = values
-    if isinstance(index, LoraWeight):
-        raise Unfactorable
+    if isinstance(index, LoraWeight) or eqn.params.get("branches_platforms") is not None:
+        raise Unfactorable  # of branches for platforms, only one may be lowered
 
     def branch(closed: Any) -> Any:
         jaxpr, consts = open_jaxpr(closed)

@@ -2,12 +2,14 @@
 
 Each rule applies the equation to ``W`` as it stands and does to each factor what the equation does
 to the axes that factor holds. A weight stays factored only if no axis group that the operation
-mixes is split between the two factors.
+mixes is split between the two factors. Formed are, among others, concatenated and padded weights,
+reshapes across in- and out-axes, products with anything but a scalar, and sums of two weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -231,3 +233,32 @@ def _add(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = evaluate_one(eqn, [v.w if isinstance(v, LoraWeight) else v for v in values])
     negative = eqn.primitive.name == "sub" and weight is right
     return [dataclasses.replace(weight, w=w, scale=-weight.scale if negative else weight.scale)]
+
+
+@rule("all_gather")
+def _all_gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = only_first(values)
+    params = eqn.params
+    names, gathered = params["axis_name"], params["all_gather_dimension"]
+    if not params["tiled"]:
+        raise Unfactorable
+    constant = [f for f, axes in weight.factors() if gathered not in axes]
+    if any(set(names) & set(_varying(f)) for f in (*constant, weight.scale)):
+        raise Unfactorable  # each device has a factor of its own for its part
+
+    def gather(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        if gathered in axes:
+            axis, groups = axes.index(gathered), params["axis_index_groups"]
+            factor = lax.all_gather(factor, names, axis=axis, axis_index_groups=groups, tiled=True)
+        return factor, axes
+
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, gather)]
+
+
+def _varying(array: jax.Array) -> Iterable[str]:
+    """The mesh axes along which a value inside ``shard_map`` is known to differ."""
+    kind = jax.typeof(array)
+    if hasattr(kind, "vma"):  # older versions
+        return kind.vma
+    return getattr(getattr(kind, "manual_axis_type", None), "varying", ())
