@@ -29,7 +29,8 @@ class LoraConfig:
         rank: The rank r of the update, at least 1.
         alpha: The strength of the update; a finite number.
         targets: Which parameters are adapted: ``"all-linear"``, every weight that the function
-            uses in a matrix product, or one or more globs over parameter paths such as
+            uses in matrix products and not otherwise as a matrix (in a convolution, or as an
+            embedding that is looked up), or one or more globs over parameter paths such as
             ``"**/kernel"``. ``*`` stays within one path component, ``**`` crosses components. A
             `Rule` in the place of a glob also says how, if otherwise than below. The first that
             matches a parameter decides about it.

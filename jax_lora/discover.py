@@ -16,16 +16,27 @@ import jax
 
 from jax_lora.adapter import Layout, leaves_by_path
 from jax_lora.interpreter.core import is_literal, open_jaxpr
+from jax_lora.interpreter.lookup import is_strided_slice, picked_axes
 from jax_lora.interpreter.structural import reshape_groups
 from jax_lora.transform import Traced
 
 _Axes = tuple[frozenset[int], ...]
 #: Primitives that a weight passes through unchanged in shape, if no other array joins in.
 _UNARY = {"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"}
-_UNARY |= {"stop_gradient", "neg", "reduce_precision"}
+_UNARY |= {"stop_gradient", "neg", "reduce_precision", "rev", "pvary", "pcast"}
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
 _CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+
+_LOOPS = {"scan": "scan", "while": "while_loop", "cond": "cond", "shard_map": "shard_map"}
+#: Primitives whose use of a parameter gives it a layout, and what such a use is called.
+MATRIX_USES = {
+    "dot_general": "linear",
+    "ragged_dot_general": "linear",
+    "conv_general_dilated": "convolution",
+    "gather": "embedding",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Use:
     def layout(self, shape: tuple[int, ...]) -> Layout | None:
         """The layout this use gives a weight of ``shape``; None if it is not a matrix product."""
         roles = (*self.in_axes, *self.out_axes, *self.stack_axes)
-        if self.primitive != "dot_general" or sorted(roles) != list(range(len(shape))):
+        if self.primitive not in MATRIX_USES or sorted(roles) != list(range(len(shape))):
             return None
         if not self.in_axes or not self.out_axes:
             return None
@@ -157,13 +168,13 @@ class _Walk:
                 "jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
             )
             return self.run(open_jaxpr(body)[0], probes, steps)
-        if name == "scan":
-            return self.scan(eqn, probes, steps)
+        if name in _LOOPS:
+            return getattr(self, _LOOPS[name])(eqn, probes, steps)
         first = probes[0]
         if first is not None and eqn.outvars and all(p is None for p in probes[1:]):
             moved = _restructure(eqn, first)
             if moved is not None:
-                return [moved]
+                return [moved] * len(eqn.outvars)
         scaled: list[_Probe | None] = [None] * len(eqn.outvars)
         if name in ("mul", "div"):
             # By a scalar, which may be a parameter too, a weight is only scaled.
@@ -183,9 +194,35 @@ class _Walk:
             if probe is not None and len(outside.aval.shape) == len(inside.aval.shape) + 1:
                 probe = probe.relabel(probe.axes[1:], stack=probe.axes[0])
             inner.append(probe)
-        self.run(body, inner, steps * eqn.params["length"])
-        # A weight that a scan returns is followed no further.
-        return [None] * len(eqn.outvars)
+        outs = self.run(body, inner, steps * eqn.params["length"])
+        before: dict[str, frozenset[int]] = {}
+        for probe in probes:
+            if probe is not None:
+                before[probe.path] = before.get(probe.path, frozenset()) | probe.stack
+        for k, (probe, outside) in enumerate(zip(outs, eqn.outvars, strict=True)):
+            if probe is not None and len(outside.aval.shape) == len(probe.axes) + 1:
+                # What each step took one of, scanned or indexed, is side by side again.
+                steps_axis = probe.stack - before[probe.path]
+                outs[k] = _Probe(probe.path, (steps_axis, *probe.axes), before[probe.path])
+        return outs
+
+    def while_loop(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        params = eqn.params
+        first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        carry = probes[second:]
+        self.run(open_jaxpr(params["cond_jaxpr"])[0], [*probes[:first], *carry], steps)
+        # How often the body runs is not known: its uses count once.
+        return self.run(open_jaxpr(params["body_jaxpr"])[0], probes[first:], steps)
+
+    def cond(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        if probes[0] is not None:
+            self.record(eqn, probes, 0, steps)
+        outs = [self.run(open_jaxpr(b)[0], probes[1:], steps) for b in eqn.params["branches"]]
+        return [next((p for p in out if p is not None), None) for out in zip(*outs, strict=True)]
+
+    def shard_map(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+        # Shapes inside are those of one device's part; axes keep their roles.
+        return self.run(open_jaxpr(eqn.params["jaxpr"])[0], probes, steps * eqn.params["mesh"].size)
 
     def record(self, eqn: Any, probes: list[_Probe | None], index: int, steps: int) -> None:
         probe = probes[index]
@@ -203,6 +240,27 @@ class _Walk:
             stacked = stacked | probe.behind(batch[index])
             sizes = eqn.invars[index].aval.shape
             cost = math.prod(output) * math.prod(sizes[i] for i in contract[index])
+        elif name == "conv_general_dilated" and index == 1:
+            numbers = eqn.params["dimension_numbers"]
+            out_axis, *summed = numbers.rhs_spec
+            contracted, kept = probe.behind(summed), probe.axes[out_axis]
+            sizes = eqn.invars[index].aval.shape
+            cost = math.prod(output) * math.prod(sizes[i] for i in summed)
+        elif name == "ragged_dot_general" and index == 1:
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            summed = numbers.dot_dimension_numbers[0][1]
+            groups = numbers.rhs_group_dimensions
+            free = [i for i in range(len(probe.axes)) if i not in (*summed, *groups)]
+            contracted, kept = probe.behind(summed), probe.behind(free)
+            stacked = stacked | probe.behind(groups)
+            sizes = eqn.invars[index].aval.shape
+            cost = math.prod(output) * math.prod(sizes[i] for i in summed)
+        elif name == "gather" and index == 0:
+            # Looking up rows is a product with one-hot rows: the indexed axes are the inputs.
+            picked, paired = picked_axes(eqn)
+            contracted = probe.behind(picked)
+            stacked = stacked | probe.behind(paired)
+            kept = kept - contracted - stacked
         elif name in _ELEMENTWISE:
             cost = math.prod(output)
         use = Use(
@@ -241,7 +299,15 @@ def _restructure(eqn: Any, probe: _Probe) -> _Probe | None:
         for index, axis in enumerate(params["broadcast_dimensions"]):
             axes[axis] = probe.axes[index]
         return probe.relabel(axes)
-    if name in ("slice", "dynamic_slice"):
+    if name == "all_gather" and params["tiled"]:
+        return probe
+    if name == "gather" and is_strided_slice(eqn):
+        numbers = params["dimension_numbers"]
+        (picked,) = numbers.start_index_map
+        rest = iter(i for i in range(len(probe.axes)) if i != picked)
+        order = [next(rest) if k in numbers.offset_dims else picked for k in range(len(shape))]
+        return probe.relabel(probe.axes[i] for i in order)
+    if name in ("slice", "dynamic_slice", "split"):
         # An axis of which one entry is taken holds independent matrices.
         before = eqn.invars[0].aval.shape
         taken = [i for i, n in enumerate(shape) if n == 1 < before[i]]

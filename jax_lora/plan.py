@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path, param_key
 from jax_lora.config import LoraConfig
-from jax_lora.discover import Use, discover, low_rank_multiply_adds
+from jax_lora.discover import MATRIX_USES, Use, discover, low_rank_multiply_adds
 from jax_lora.errors import AdapterError, ConfigError, TargetError, expect_type, near_misses
 from jax_lora.initializers import INITIALIZERS
 from jax_lora.interpreter import Interpreter
@@ -263,7 +263,7 @@ def _select(
             unmatched.pop(k, None)
         # Why the rules that follow have no say.
         settled = f"excluded by {config.exclude[excluded[0]]}" if excluded else ""
-        reason = settled or obstacle or "no target matches it"
+        reason = settled or obstacle or _unmatched(config, uses[path])
         for tally in tallies:
             if not _matches(tally.rule, path, leaf, layout, uses[path]):
                 continue
@@ -378,8 +378,16 @@ def _matches(
 
 
 def _is_linear(uses: tuple[Use, ...]) -> bool:
-    """Whether the function uses a weight as that of a linear layer."""
-    return any(use.primitive == "dot_general" for use in uses)
+    """Whether all uses as a matrix are those of a linear layer, not a convolution or a lookup."""
+    return {MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES} == {"linear"}
+
+
+def _unmatched(config: LoraConfig, uses: tuple[Use, ...]) -> str:
+    """Why no rule takes a parameter that could be adapted."""
+    if all(rule.match != ALL_LINEAR for rule in config.rules):
+        return "no target matches it"
+    kinds = dict.fromkeys(MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES)
+    return f"used as {' and '.join(kinds)}, and {ALL_LINEAR!r} adapts linear layers alone"
 
 
 def _rank_problems(tallies: list[_Tally]) -> list[str]:

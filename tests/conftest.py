@@ -53,6 +53,11 @@ def _wide(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
+def _not_numpy(leaf: Any) -> Any:
+    """A numpy array as JAX's: numpy's own cannot be indexed by a tracer."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
 def _dense64(params: Any, adapter: jl.Adapter) -> Any:
     def add(key_path: Any, leaf: Any) -> Any:
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -150,7 +155,7 @@ def check_dense() -> Callable[..., None]:
             return (out * jnp.asarray(cotangent, out.dtype)).sum(), out
 
         def dense_loss(dense: Any) -> tuple[jax.Array, jax.Array]:
-            out = fun(dense, *_wide(args))
+            out = fun(dense, *jax.tree.map(_not_numpy, _wide(args)))
             return (out.astype(jnp.float64) * cotangent).sum(), out
 
         def compiled(loss: Any) -> Any:

@@ -128,6 +128,43 @@ PRODUCTS: dict[str, Any] = {
         ((0,), (1,), ()),
         5 * 24,
     ),
+    "a layer that a scan returned": (
+        lambda p, x: x @ lax.scan(lambda c, w: (c, w.T), 0, p["w"])[1][1],
+        (3, 6, 4),
+        (5, 4),
+        ((2,), (1,), (0,)),
+        5 * 24,
+    ),
+    "a weight that a branch returned": (
+        lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda: p["w"].T, lambda: jnp.ones((4, 6))),
+        (6, 4),
+        (5, 4),
+        ((1,), (0,), ()),
+        5 * 24,
+    ),
+    "a weight after a while loop": (
+        lambda p, x: (lambda c: x @ c[1])(
+            lax.while_loop(lambda c: c[0] < x[0, 0], lambda c: (c[0] + 1, c[1]), (0.0, p["w"]))
+        ),
+        (6, 4),
+        (5, 6),
+        ((0,), (1,), ()),
+        5 * 24,
+    ),
+    "every second row": (
+        lambda p, x: x @ p["w"][::2],
+        (6, 4),
+        (5, 3),
+        ((0,), (1,), ()),
+        5 * 12,
+    ),
+    "half of a split, reversed": (
+        lambda p, x: x @ jnp.split(p["w"], 2, axis=1)[1][::-1],
+        (6, 4),
+        (5, 6),
+        ((0,), (1,), ()),
+        5 * 12,
+    ),
     "cast": (
         lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16),
         (6, 4),
@@ -177,13 +214,13 @@ def test_a_product_that_leaves_no_output_axis_is_no_matrix() -> None:
     assert use.layout((4,)) is None
 
 
-def test_a_gather_is_recorded_and_is_no_product() -> None:
+def test_a_lookup_is_a_product_with_one_hot_rows_that_costs_nothing() -> None:
     def fun(p: Any, ids: Any) -> Any:
         return p["table"][ids] @ p["table"].T
 
     gather, product = jl.discover(fun, {"table": _shape(9, 4)}, _shape(5, dtype=jnp.int32))["table"]
     assert (gather.primitive, gather.multiply_adds) == ("gather", 0)
-    assert gather.layout((9, 4)) is None
+    assert gather.layout((9, 4)) == jl.Layout((9, 4), (0,), (1,))
     assert product.layout((9, 4)) == jl.Layout((9, 4), (1,), (0,))
 
 
@@ -244,3 +281,66 @@ def test_low_rank_multiply_adds_in_closed_form() -> None:
     # Three layers of 5 rows, each 2 x (6 + 4); the elementwise use adds nothing.
     assert low_rank_multiply_adds(layout, 2, [use, other]) == 3 * 5 * 2 * 10
     assert low_rank_multiply_adds(layout, 2, [use, use]) == 2 * 3 * 5 * 2 * 10
+
+
+def test_lookups_under_vmap() -> None:
+    """A table for each layer: the axis paired with the ids' is a stack; rows may be windows of 1."""
+
+    def each(p: Any, ids: Any) -> Any:
+        return jax.vmap(lambda w, k: w[k])(p["w"], ids)
+
+    (use,) = jl.discover(each, {"w": _shape(3, 9, 4)}, _shape(3, dtype=jnp.int32))["w"]
+    assert use.layout((3, 9, 4)) == jl.Layout((3, 9, 4), (1,), (2,), (0,))
+
+    def shared(p: Any, ids: Any) -> Any:
+        return jax.vmap(lambda k: p["w"][k])(ids)
+
+    (use,) = jl.discover(shared, {"w": _shape(9, 4)}, _shape(3, dtype=jnp.int32))["w"]
+    assert use.layout((9, 4)) == jl.Layout((9, 4), (0,), (1,))
+
+
+def test_convolutions() -> None:
+    """The window and the in-features are inputs; a group of one out-feature sees its own alone."""
+
+    def fun(p: Any, x: Any) -> Any:
+        return lax.conv_general_dilated(
+            x,
+            p["w"],
+            (2, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )
+
+    (use,) = jl.discover(fun, {"w": _shape(3, 2, 4, 6)}, _shape(5, 9, 7, 8))["w"]
+    assert use.layout((3, 2, 4, 6)) == jl.Layout((3, 2, 4, 6), (0, 1, 2), (3,))
+    assert (use.output_shape, use.multiply_adds) == ((5, 4, 6, 6), 5 * 4 * 6 * 6 * 3 * 2 * 4)
+
+
+def test_mixtures_of_experts() -> None:
+    def fun(p: Any, x: Any, sizes: Any) -> Any:
+        return lax.ragged_dot(x, p["w"], sizes)
+
+    (use,) = jl.discover(fun, {"w": _shape(3, 6, 4)}, _shape(5, 6), _shape(3, dtype=jnp.int32))["w"]
+    assert use.primitive == "ragged_dot_general"
+    assert use.layout((3, 6, 4)) == jl.Layout((3, 6, 4), (1,), (2,), (0,))
+    assert use.multiply_adds == 5 * 6 * 4  # each row meets one expert
+
+
+def test_both_branches_and_the_condition_count() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        y = lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: jnp.sin(x @ p["v"]))
+        return lax.while_loop(lambda y: (y @ p["u"]).sum() < 1, lambda y: y @ p["w"], y)
+
+    params = {name: _shape(4, 4) for name in "uvw"}
+    uses = jl.discover(fun, params, _shape(5, 4))
+    assert {path: len(found) for path, found in uses.items()} == {"u": 1, "v": 1, "w": 2}
+    assert all(use.layout((4, 4)) for found in uses.values() for use in found)
+
+
+def test_what_decides_a_branch_is_used_there() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        return lax.cond(p["flag"], jnp.sin, jnp.cos, x)
+
+    uses = jl.discover(fun, {"flag": _shape(dtype=jnp.bool_)}, _shape(5, 4))["flag"]
+    assert [use.primitive for use in uses]

@@ -1,6 +1,6 @@
 """The walk over a jaxpr that keeps adapted weights factored; one file per family of primitives."""
 
-from jax_lora.interpreter import contraction, control, structural
+from jax_lora.interpreter import contraction, control, lookup, structural
 from jax_lora.interpreter.core import RULES, Event, Interpreter
 
-__all__ = ["RULES", "Event", "Interpreter", "contraction", "control", "structural"]
+__all__ = ["RULES", "Event", "Interpreter", "contraction", "control", "lookup", "structural"]

@@ -1,20 +1,32 @@
-"""Primitives that contract a weight with an input: ``x W`` becomes ``x W + scale (x a) b``."""
+"""Primitives that contract a weight with an input: ``x W`` becomes ``x W + scale (x a) b``.
+
+Formed are the smaller of two weights that are multiplied, a convolution by batch groups, one whose
+window and outputs are in one factor, and ragged products in other forms than rows by expert. Where
+shardings are part of the types, those of ``dot_general`` alone are named.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from string import ascii_letters
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
 from jax_lora.virtual import LoraWeight, wider
 
 _RANK_LETTER = "Z"
+#: What a convolution with another kernel has in common with the one it stands for.
+_CONV_PARAMS = (
+    *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
+    *("feature_group_count", "precision", "preferred_element_type"),
+)
 
 
 def low_rank_einsum(
@@ -26,6 +38,7 @@ def low_rank_einsum(
     *,
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """``scale * einsum(x, a, b -> out)`` as two contractions, through the rank, cheaper one first.
 
@@ -41,6 +54,7 @@ def low_rank_einsum(
             were broadcast along it, yields an axis of size 1.
         precision: As in the contraction that is replaced.
         preferred_element_type: As in the contraction that is replaced.
+        out_sharding: The result's sharding, where shardings are part of the types.
 
     Returns:
         The update of the contraction's result, to be added to ``x W``.
@@ -66,14 +80,54 @@ def low_rank_einsum(
     (near_factor, near), (far_factor, far) = factors[first], factors[1 - first]
     reached_out = [n for n in out_letters if n in kept or n in far]
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    hidden = jnp.einsum(_spec(x_letters, near, kept), x, near_factor, **options)
+    hidden_sharding = None
+    if out_sharding is not None:
+        # The rank is whole, and every other axis is split as in the operand that it comes from.
+        names = _split_as(near_factor, near) | _split_as(x, x_letters) | {_RANK_LETTER: None}
+        hidden_sharding = NamedSharding(out_sharding.mesh, _distinct(names[n] for n in kept))
+        names = dict(zip(out_letters, _spec_of(out_sharding, len(out_letters)), strict=True))
+        out_sharding = NamedSharding(
+            out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
+        )
+    hidden = jnp.einsum(
+        _spec(x_letters, near, kept), x, near_factor, out_sharding=hidden_sharding, **options
+    )
     hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    out = jnp.einsum(_spec(kept, far, reached_out), hidden, far_factor, **options)
+    out = jnp.einsum(
+        _spec(kept, far, reached_out), hidden, far_factor, out_sharding=out_sharding, **options
+    )
     return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
 
 
 def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
     return f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+
+
+def _explicit_sharding(array: jax.Array) -> NamedSharding | None:
+    """The sharding of an array, if shardings are part of the types of its mesh."""
+    sharding = jax.typeof(array).sharding
+    explicit = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
+    return sharding if explicit and AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _spec_of(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+
+
+def _split_as(array: jax.Array, letters: Sequence[str]) -> dict[str, Any]:
+    """The mesh axes along which each of an array's axes is split."""
+    return dict(zip(letters, _spec_of(jax.typeof(array).sharding, array.ndim), strict=True))
+
+
+def _distinct(entries: Iterable[Any]) -> PartitionSpec:
+    """A spec that splits along each mesh axis once, the first time."""
+    used: set[str] = set()
+    spec = []
+    for entry in entries:
+        names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        spec.append(None if names & used else entry)
+        used |= names
+    return PartitionSpec(*spec)
 
 
 @rule("dot_general")
@@ -115,6 +169,80 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         out_letters,
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=_explicit_sharding(out),
     )
+    interpreter.factored(weight, eqn)
+    return [out + update.astype(out.dtype)]
+
+
+@rule("conv_general_dilated")
+def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    x, weight = values
+    params = eqn.params
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    out_axis, in_axis, *window = numbers.rhs_spec
+    if isinstance(x, LoraWeight) or params["batch_group_count"] != 1:
+        raise Unfactorable
+    # One factor must hold the window and the in-features, the other the out-features alone.
+    near, far = sorted(weight.factors(), key=lambda factor: out_axis in factor[1])
+    if set(near[1]) != {in_axis, *window, RANK} or set(far[1]) != {out_axis, RANK}:
+        raise Unfactorable
+
+    (out,) = evaluate_one(eqn, [x, weight.w])
+    dtype = wider(x.dtype, weight.dtype)
+    # The first factor as a kernel whose out-features are the rank, once for each group.
+    order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
+    kernel = jnp.transpose(near[0].astype(dtype), order)
+    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+    hidden = lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel,
+        **{name: params[name] for name in _CONV_PARAMS},
+    )
+    feature = numbers.out_spec[1]
+    hidden = jnp.moveaxis(hidden, feature, -1) * weight.scale.astype(hidden.dtype)
+    rank = kernel.shape[out_axis] // groups
+    hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
+    last = jnp.transpose(far[0].astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
+    last = last.reshape(rank, groups, -1)
+    update = jnp.einsum(
+        "...gr,rgo->...go",
+        hidden,
+        last,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    update = jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
+    interpreter.factored(weight, eqn)
+    return [out + update.astype(out.dtype)]
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    x, weight, *rest = values
+    params = eqn.params
+    numbers = params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    plain = not isinstance(x, LoraWeight) and not any(isinstance(v, LoraWeight) for v in rest)
+    usual = (tuple(contract[0]), tuple(batch[0]), x.ndim, weight.ndim) == ((1,), (), 2, 3)
+    grouped = tuple(numbers.lhs_ragged_dimensions) == (0,) and len(rest) == 1
+    if not (plain and usual and grouped and tuple(numbers.rhs_group_dimensions) == (0,)):
+        raise Unfactorable
+    in_axis = contract[1][0]
+    out_axis = 3 - in_axis
+    # The experts' matrices are independent, so each factor has its own for every expert.
+    near, far = sorted(weight.factors(), key=lambda factor: out_axis in factor[1])
+    if set(near[1]) != {0, in_axis, RANK} or set(far[1]) != {0, out_axis, RANK}:
+        raise Unfactorable
+
+    (out,) = evaluate_one(eqn, [x, weight.w, *rest])
+    dtype = wider(x.dtype, weight.dtype)
+    (group_sizes,) = rest
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
+    a = jnp.transpose(near[0], [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
+    b = jnp.transpose(far[0], [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)
+    hidden = lax.ragged_dot(x.astype(dtype), a, group_sizes, **options)
+    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
+    update = lax.ragged_dot(hidden, b, group_sizes, **options)
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]

@@ -3,6 +3,9 @@
 A virtual weight is a pytree, so it crosses the boundary of a ``jit`` or a ``checkpoint`` as it is,
 in both directions. A scan takes its factors apart: the ones that hold the scanned axis are scanned
 with ``W``, the others are constants of the loop.
+
+Formed are weights that a loop changes from step to step, those that a branch or a ``shard_map``
+returns, and those that enter a function with a custom derivative: its rule is for the whole weight.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jax_lora.adapter import RANK
-from jax_lora.interpreter.core import Interpreter, open_jaxpr, rule
+from jax_lora.interpreter.core import Interpreter, Unfactorable, open_jaxpr, rule
 from jax_lora.virtual import LoraWeight
 
 
@@ -104,38 +108,162 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     consts, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
     xs = values[num_consts + num_carry :]
 
-    # A weight that is carried unchanged is a constant of the loop; one that changes is formed.
-    fixed: dict[int, LoraWeight] = {}
-    for k, value in enumerate(carry):
-        if isinstance(value, LoraWeight):
-            if jaxpr.outvars[k] is jaxpr.invars[num_consts + k]:
-                fixed[k] = value
-            else:
-                carry[k] = interpreter.materialize(value, "scan carry")
-    moving = [k for k in range(num_carry) if k not in fixed]
+    loop = _Carry(
+        interpreter, carry, jaxpr.invars[num_consts:], jaxpr.outvars[:num_carry], "scan carry"
+    )
     split = [_split_scanned(x) if isinstance(x, LoraWeight) else (x, None) for x in xs]
+    stacked: list[Any] = []
 
     def body(state: list[Any], step: list[Any]) -> tuple[list[Any], list[Any]]:
-        inner: dict[int, Any] = dict(zip(moving, state, strict=True)) | fixed
         xs_now = [s if back is None else back(s) for s, (_, back) in zip(step, split, strict=True)]
-        args = [*consts, *(inner[k] for k in range(num_carry)), *xs_now]
+        args = [*consts, *loop.full(state), *xs_now]
         outs = interpreter.run(jaxpr, jaxpr_consts, args)
-        state = [interpreter.materialize(outs[k], "scan carry") for k in moving]
-        return state, [interpreter.materialize(y, "scan output") for y in outs[num_carry:]]
+        ys = outs[num_carry:]
+        stacked[:] = [_stack_labels(y) for y in ys]
+        return loop.next(outs[:num_carry]), [_pack_output(y) for y in ys]
 
     options = {"_split_transpose": True} if params.get("_split_transpose") else {}
     state, ys = lax.scan(
         body,
-        [carry[k] for k in moving],
+        loop.initial,
         [scanned for scanned, _ in split],
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
         **options,
     )
-    done: dict[int, Any] = dict(zip(moving, state, strict=True)) | fixed
-    return [*(done[k] for k in range(num_carry)), *ys]
+    outputs = [_unpack_output(y, labels) for y, labels in zip(ys, stacked, strict=True)]
+    return [*loop.full(state), *outputs]
+
+
+def _pack_output(y: Any) -> Any:
+    """A step's output as arrays; a weight's scale may differ from step to step, so b takes it."""
+    if not isinstance(y, LoraWeight):
+        return y
+    return y.w, y.a, y.b * y.scale.astype(y.b.dtype)
+
+
+def _stack_labels(y: Any) -> Any:
+    """The labels that a step's weight has once the steps are its first axis; None if it is none."""
+    if not isinstance(y, LoraWeight):
+        return None
+
+    def up(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return 0, *(i if i == RANK else i + 1 for i in axes)
+
+    return {"a_axes": up(y.a_axes), "b_axes": up(y.b_axes), "path": y.path}
+
+
+def _unpack_output(ys: Any, labels: Any) -> Any:
+    """The outputs of all steps: arrays, or a weight."""
+    if labels is None:
+        return ys
+    w, a, b = ys
+    return LoraWeight(w, a, b, jnp.ones((), b.dtype), **labels)
+
+
+class _Carry:
+    """What a loop carries, without the weights that it carries unchanged.
+
+    Those are constants of the loop; a weight that changes from step to step is formed.
+    """
+
+    def __init__(
+        self, interpreter: Interpreter, values: list[Any], invars: Any, outvars: Any, name: str
+    ):
+        self._interpreter, self._name = interpreter, name
+        self._fixed = {
+            k: value
+            for k, value in enumerate(values)
+            if isinstance(value, LoraWeight) and outvars[k] is invars[k]
+        }
+        self._moving = [k for k in range(len(values)) if k not in self._fixed]
+        self.initial = self.next(values)
+
+    def next(self, values: list[Any]) -> list[Any]:
+        """Of all carried values, those that the loop has to carry, formed."""
+        return [self._interpreter.materialize(values[k], self._name) for k in self._moving]
+
+    def full(self, state: list[Any]) -> list[Any]:
+        """All carried values, from those that the loop carries."""
+        values = self._fixed | dict(zip(self._moving, state, strict=True))
+        return [values[k] for k in sorted(values)]
 
 
 def _outer_axis(outer: Any, inner: Any) -> bool:
     return len(outer.aval.shape) == len(inner.aval.shape) + 1
+
+
+@rule("while")
+def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    params = eqn.params
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_jaxpr, cond_jaxpr_consts = open_jaxpr(params["cond_jaxpr"])
+    body_jaxpr, body_jaxpr_consts = open_jaxpr(params["body_jaxpr"])
+    cond_consts, body_consts, carry = values[:first], values[first:second], values[second:]
+    carried = body_jaxpr.invars[params["body_nconsts"] :]
+    loop = _Carry(interpreter, carry, carried, body_jaxpr.outvars, "while carry")
+
+    def cond(state: list[Any]) -> Any:
+        args = [*cond_consts, *loop.full(state)]
+        (out,) = interpreter.run(cond_jaxpr, cond_jaxpr_consts, args)
+        return interpreter.materialize(out, "while condition")
+
+    def body(state: list[Any]) -> list[Any]:
+        args = [*body_consts, *loop.full(state)]
+        return loop.next(interpreter.run(body_jaxpr, body_jaxpr_consts, args))
+
+    return loop.full(lax.while_loop(cond, body, loop.initial))
+
+
+@rule("cond")
+def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    index, *operands = values
+    if isinstance(index, LoraWeight) or eqn.params.get("branches_platforms") is not None:
+        raise Unfactorable  # of branches for platforms, only one may be lowered
+
+    def branch(closed: Any) -> Any:
+        jaxpr, consts = open_jaxpr(closed)
+
+        def run(operands: list[Any]) -> list[Any]:
+            outs = interpreter.run(jaxpr, consts, operands)
+            return [interpreter.materialize(out, "cond output") for out in outs]
+
+        return run
+
+    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], operands)
+
+
+@rule("shard_map")
+def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    params = eqn.params
+    jaxpr, consts = open_jaxpr(params["jaxpr"])
+
+    def specs_of(value: Any, spec: Any) -> Any:
+        """Each factor is split like the axes of the weight that it holds; the rank is whole."""
+        if not isinstance(value, LoraWeight):
+            return spec
+        axes = (*spec, *[None] * (value.ndim - len(spec)))
+
+        def of(labels: tuple[int, ...]) -> PartitionSpec:
+            return PartitionSpec(*[None if i == RANK else axes[i] for i in labels])
+
+        parts: Any = {"w": spec, "a": of(value.a_axes), "b": of(value.b_axes), "scale": of(())}
+        return dataclasses.replace(value, **parts)
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        outs = interpreter.run(jaxpr, consts, args)
+        return tuple(interpreter.materialize(out, "shard_map output") for out in outs)
+
+    options = {"check_vma": params["check_vma"]} if "check_vma" in params else {}
+    manual = params.get("newly_manual_axes", params.get("manual_axes"))
+    if manual is not None:
+        options["axis_names"] = set(manual)
+    mapped = jax.shard_map(
+        run,
+        mesh=params["mesh"],
+        in_specs=tuple(map(specs_of, values, params["in_specs"])),
+        out_specs=tuple(params["out_specs"]),
+        **options,
+    )
+    return list(mapped(*values))

@@ -2,12 +2,14 @@
 
 Each rule applies the equation to ``W`` as it stands and does to each factor what the equation does
 to the axes that factor holds. A weight stays factored only if no axis group that the operation
-mixes is split between the two factors.
+mixes is split between the two factors. Formed are, among others, concatenated and padded weights,
+reshapes across in- and out-axes, products with anything but a scalar, and sums of two weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, r
 from jax_lora.virtual import LoraWeight
 
 
-def _first_only(values: list[Any]) -> LoraWeight:
+def only_first(values: list[Any]) -> LoraWeight:
     """The first operand, if it and no other one is a virtual weight."""
     weight, *rest = values
     if not isinstance(weight, LoraWeight) or any(isinstance(v, LoraWeight) for v in rest):
@@ -29,7 +31,7 @@ def _first_only(values: list[Any]) -> LoraWeight:
 
 @rule("transpose")
 def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     moved = {old: new for new, old in enumerate(eqn.params["permutation"])} | {RANK: RANK}
     (w,) = evaluate_one(eqn, [weight.w])
     return [weight.map_factors(w, lambda f, axes: (f, [moved[i] for i in axes]))]
@@ -38,28 +40,28 @@ def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
 @rule("convert_element_type")
 def _convert(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     # The factors keep their own dtype and are cast where they are used.
-    weight = _first_only(values)
+    weight = only_first(values)
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise Unfactorable
     (w,) = evaluate_one(eqn, [weight.w])
     return [dataclasses.replace(weight, w=w)]
 
 
-@rule("copy", "copy_p", "name", "sharding_constraint")
+@rule("copy", "copy_p", "name", "sharding_constraint", "reduce_precision", "pvary", "pcast")
 def _identity(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     (w,) = evaluate_one(eqn, [weight.w])
     return [dataclasses.replace(weight, w=w)]
 
 
 @rule("stop_gradient")
 def _stop_gradient(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    return [jax.tree.map(lax.stop_gradient, _first_only(values))]
+    return [jax.tree.map(lax.stop_gradient, only_first(values))]
 
 
 @rule("neg")
 def _neg(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     return [dataclasses.replace(weight, w=-weight.w, scale=-weight.scale)]
 
 
@@ -76,7 +78,7 @@ def _mul(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 @rule("div")
 def _div(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     if jnp.ndim(values[1]) != 0:
         raise Unfactorable
     w = weight.w / jnp.asarray(values[1], weight.dtype)
@@ -121,7 +123,7 @@ def reshape_groups(
 
 @rule("reshape", "squeeze")
 def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     old, new = weight.shape, tuple(eqn.outvars[0].aval.shape)
     if 0 in old or (eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None):
         raise Unfactorable
@@ -149,7 +151,7 @@ def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
 @rule("broadcast_in_dim")
 def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     # A new axis, also what expand_dims is made of, is an axis that neither factor has.
-    weight = _first_only(values)
+    weight = only_first(values)
     new, moved = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
     if any(weight.shape[i] != new[j] for i, j in enumerate(moved)):
         raise Unfactorable  # an axis of size 1 that is repeated
@@ -160,7 +162,7 @@ def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
 
 @rule("slice")
 def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * weight.ndim
 
@@ -176,7 +178,7 @@ def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 @rule("dynamic_slice")
 def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    weight = _first_only(values)
+    weight = only_first(values)
     starts, sizes = values[1:], eqn.params["slice_sizes"]
 
     def cut(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
@@ -187,3 +189,76 @@ def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> lis
 
     (w,) = evaluate_one(eqn, [weight.w, *starts])
     return [weight.map_factors(w, cut)]
+
+
+@rule("split")
+def _split(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = only_first(values)
+    cut, sizes = eqn.params["axis"], eqn.params["sizes"]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+
+    def part(k: int) -> Any:
+        def take(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+            if cut in axes:
+                end = starts[k] + sizes[k]
+                factor = lax.slice_in_dim(factor, starts[k], end, axis=axes.index(cut))
+            return factor, axes
+
+        return take
+
+    ws = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, part(k)) for k, w in enumerate(ws)]
+
+
+@rule("rev")
+def _rev(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = only_first(values)
+
+    def flip(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        return lax.rev(factor, [axes.index(i) for i in eqn.params["dimensions"] if i in axes]), axes
+
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, flip)]
+
+
+@rule("add", "add_any", "sub")
+def _add(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    # A dense term goes to W; of a difference, only the minuend's update keeps its sign.
+    left, right = values
+    if isinstance(left, LoraWeight) == isinstance(right, LoraWeight):
+        raise Unfactorable
+    weight, term = (left, right) if isinstance(left, LoraWeight) else (right, left)
+    if jnp.shape(term) != weight.shape:
+        raise Unfactorable
+    (w,) = evaluate_one(eqn, [v.w if isinstance(v, LoraWeight) else v for v in values])
+    negative = eqn.primitive.name == "sub" and weight is right
+    return [dataclasses.replace(weight, w=w, scale=-weight.scale if negative else weight.scale)]
+
+
+@rule("all_gather")
+def _all_gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight = only_first(values)
+    params = eqn.params
+    names, gathered = params["axis_name"], params["all_gather_dimension"]
+    if not params["tiled"]:
+        raise Unfactorable
+    constant = [f for f, axes in weight.factors() if gathered not in axes]
+    if any(set(names) & set(_varying(f)) for f in (*constant, weight.scale)):
+        raise Unfactorable  # each device has a factor of its own for its part
+
+    def gather(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        if gathered in axes:
+            axis, groups = axes.index(gathered), params["axis_index_groups"]
+            factor = lax.all_gather(factor, names, axis=axis, axis_index_groups=groups, tiled=True)
+        return factor, axes
+
+    (w,) = evaluate_one(eqn, [weight.w])
+    return [weight.map_factors(w, gather)]
+
+
+def _varying(array: jax.Array) -> Iterable[str]:
+    """The mesh axes along which a value inside ``shard_map`` is known to differ."""
+    kind = jax.typeof(array)
+    if hasattr(kind, "vma"):  # older versions
+        return kind.vma
+    return getattr(getattr(kind, "manual_axis_type", None), "varying", ())

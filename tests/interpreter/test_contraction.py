@@ -220,3 +220,228 @@ def test_low_rank_einsum_drops_an_axis_only_w_has(normal: Any) -> None:
     assert update.shape == (5, 1, 3)
     want = 0.5 * np.asarray(x, np.float64) @ np.asarray(factors.a) @ np.asarray(factors.b)
     np.testing.assert_allclose(update[:, 0], want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+# The kernel's shape, the input's shape, and what is passed to conv_general_dilated.
+_LAST_3D = ("NDHWC", "DHWIO", "NDHWC")
+CONVS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "1-d": ((3, 4, 5), (2, 7, 4), {"dimension_numbers": ("NWC", "WIO", "NWC")}),
+    "2-d": ((3, 2, 4, 5), (2, 6, 7, 4), {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}),
+    "3-d": ((2, 3, 2, 3, 4), (2, 4, 5, 4, 3), {"dimension_numbers": _LAST_3D}),
+    "no window at all": ((5, 4), (3, 4), {"window_strides": (), "padding": ()}),
+    "one by one": ((1, 1, 4, 5), (2, 3, 3, 4), {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}),
+    "channels first": ((5, 4, 3, 2), (2, 4, 6, 7), {}),
+    "odd layouts": (
+        (4, 3, 5, 2),
+        (6, 4, 2, 7),
+        {"dimension_numbers": ("HCNW", "IHOW", "CWHN")},
+    ),
+    "strides": (
+        (3, 3, 4, 5),
+        (2, 7, 8, 4),
+        {"window_strides": (2, 3), "dimension_numbers": ("NHWC", "HWIO", "NHWC")},
+    ),
+    "uneven padding": (
+        (3, 4, 5),
+        (2, 7, 4),
+        {"padding": [(2, 0)], "dimension_numbers": ("NWC", "WIO", "NWC")},
+    ),
+    "valid": (
+        (3, 4, 5),
+        (2, 7, 4),
+        {"padding": "VALID", "dimension_numbers": ("NWC", "WIO", "NWC")},
+    ),
+    "dilated kernel": (
+        (3, 2, 4, 5),
+        (2, 7, 6, 4),
+        {"rhs_dilation": (2, 3), "dimension_numbers": ("NHWC", "HWIO", "NHWC")},
+    ),
+    "dilated input": (
+        (3, 4, 5),
+        (2, 5, 4),
+        {"lhs_dilation": (2,), "padding": [(1, 2)], "dimension_numbers": ("NWC", "WIO", "NWC")},
+    ),
+    "grouped": (
+        (3, 2, 6),
+        (2, 7, 4),
+        {"feature_group_count": 2, "dimension_numbers": ("NWC", "WIO", "NWC")},
+    ),
+    "grouped, channels first": ((6, 2, 3), (2, 6, 7), {"feature_group_count": 3}),
+    "depthwise": (
+        (3, 2, 1, 4),
+        (2, 5, 6, 4),
+        {"feature_group_count": 4, "dimension_numbers": ("NHWC", "HWIO", "NHWC")},
+    ),
+    "depthwise, two each": (
+        (3, 1, 8),
+        (2, 5, 4),
+        {"feature_group_count": 4, "dimension_numbers": ("NWC", "WIO", "NWC")},
+    ),
+}
+
+
+def _convolution(options: dict[str, Any], spatial: int) -> Any:
+    options = {"window_strides": (1,) * spatial, "padding": "SAME", **options}
+
+    def fun(params: Any, x: Any) -> Any:
+        return lax.conv_general_dilated(x, params["w"], **options)
+
+    return fun
+
+
+def _adapter_for_all(fun: Any, params: Any, *args: Any, filled: Any) -> jl.Adapter:
+    """As the fixture `planned`, but for whatever has a layout: not only linear layers."""
+    plan = jl.plan(fun, params, *args, config=jl.LoraConfig(rank=2, targets=tuple(params)))
+    return filled(jax.eval_shape(lambda: jl.init(jax.random.key(0), params, plan)))
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions(name: str, normal: Any, filled: Any, check_dense: Any) -> None:
+    kernel, shape, options = CONVS[name]
+    fun = _convolution(options, len(shape) - 2)
+    params, x = {"w": normal(*kernel)}, normal(*shape)
+    adapter = _adapter_for_all(fun, params, x, filled=filled)
+    check_dense(fun, params, adapter, x, tol=4e-6)
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_transposed_convolutions(
+    padding: str, transpose_kernel: bool, normal: Any, filled: Any, check_dense: Any
+) -> None:
+    def fun(params: Any, x: Any) -> Any:
+        return lax.conv_transpose(
+            x, params["w"], (2, 3), padding, transpose_kernel=transpose_kernel
+        )
+
+    features = (5, 4) if transpose_kernel else (4, 5)
+    params, x = {"w": normal(3, 4, *features)}, normal(2, 4, 3, 4)
+    adapter = _adapter_for_all(fun, params, x, filled=filled)
+    assert adapter["w"].layout.out_axes == ((2,) if transpose_kernel else (3,))
+    check_dense(fun, params, adapter, x, tol=4e-6)
+
+
+def test_convolutions_of_a_scanned_and_cast_stack(
+    normal: Any, filled: Any, check_dense: Any
+) -> None:
+    def fun(params: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            w = w.transpose(1, 2, 0) / 2.0
+            y = lax.conv_general_dilated(
+                x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+            return jnp.tanh(y), None
+
+        return lax.scan(layer, x, params["w"])[0]
+
+    params, x = {"w": normal(3, 4, 3, 4)}, normal(2, 7, 4)
+    adapter = _adapter_for_all(fun, params, x, filled=filled)
+    assert adapter["w"].layout == jl.Layout((3, 4, 3, 4), (2, 3), (1,), (0,))
+    check_dense(fun, params, adapter, x, tol=1e-5)
+
+
+def _in_batch_groups(params: Any, x: Any) -> Any:
+    return lax.conv_general_dilated(x, params["w"], (1,), "SAME", batch_group_count=2)
+
+
+def _as_input(params: Any, x: Any) -> Any:
+    return lax.conv_general_dilated(params["w"], x, (1,), "SAME")
+
+
+@pytest.mark.parametrize(
+    ("fun", "layout"),
+    [
+        (_in_batch_groups, jl.Layout((6, 4, 3), (1, 2), (0,))),
+        (_as_input, jl.Layout((2, 4, 7), (1,), (0, 2))),
+        # The factors do not split the window from the outputs: nothing can be convolved first.
+        (_convolution({}, 1), jl.Layout((5, 4, 3), (1,), (0, 2))),
+        (_convolution({}, 1), jl.Layout((5, 4, 3), (0, 2), (1,))),
+    ],
+)
+def test_other_convolutions_are_formed(
+    fun: Any, layout: jl.Layout, normal: Any, filled: Any, check_dense: Any
+) -> None:
+    zeros = jl.LoraFactors(
+        jnp.zeros(layout.a_shape(2)), jnp.zeros(layout.b_shape(2)), jnp.float32(1), layout
+    )
+    x = normal(3, 4, 5) if fun is _as_input else normal(2, 4, 7)
+    params, adapter = {"w": normal(*layout.shape)}, filled(jl.Adapter({"w": zeros}))
+    check_dense(fun, params, adapter, x, strict=False, tol=4e-6)
+    with pytest.raises(jl.MaterializeError, match=r"w: .*`conv_general_dilated`"):
+        jl.apply(fun, strict=True)(params, adapter, x)
+
+
+def test_a_convolution_reaches_the_rank_first(normal: Any, filled: Any) -> None:
+    fun = _convolution({"dimension_numbers": ("NHWC", "HWIO", "NHWC")}, 2)
+    params, x = {"w": normal(3, 3, 16, 24)}, normal(2, 8, 8, 16)
+    adapter = _adapter_for_all(fun, params, x, filled=filled)
+    jaxpr = jax.make_jaxpr(jl.apply(fun, strict=True))(params, adapter, x).jaxpr
+    convs = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    assert [tuple(e.invars[1].aval.shape) for e in convs] == [(3, 3, 16, 24), (3, 3, 16, 2)]
+    (dot,) = _dots(jaxpr)
+    assert sorted(dot.outvars[0].aval.shape) == [1, 2, 8, 8, 24]
+
+
+def test_a_convolution_keeps_precision_and_accumulation(normal: Any, filled: Any) -> None:
+    fun = _convolution(
+        {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}, 1
+    )
+    params, x = {"w": normal(5, 4, 3).astype(jnp.bfloat16)}, normal(2, 4, 7).astype(jnp.bfloat16)
+    adapter = _adapter_for_all(fun, params, x, filled=filled)
+    jaxpr = jax.make_jaxpr(jl.apply(fun, strict=True))(params, adapter, x).jaxpr
+    products = [
+        e for e in jaxpr.eqns if "conv" in e.primitive.name and "dilated" in e.primitive.name
+    ]
+    assert len(products) == 2
+    for eqn in (*products, *_dots(jaxpr)):
+        assert eqn.params["preferred_element_type"] == jnp.float32
+        assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
+
+
+SIZES = {
+    "some": (3, 2, 4),
+    "an empty one": (5, 0, 4),
+    "all in the last": (0, 0, 9),
+    "rest": (2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_ragged_dot(name: str, normal: Any, planned: Any, check_dense: Any) -> None:
+    """Rows beyond the last group ("rest") meet no expert."""
+
+    def fun(params: Any, x: Any, sizes: Any) -> Any:
+        return lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, params["up"], sizes)), params["w"], sizes)
+
+    params = {"up": normal(3, 6, 4), "w": normal(3, 4, 5)}
+    args = normal(9, 6), jnp.asarray(SIZES[name], jnp.int32)
+    adapter = planned(fun, params, *args)
+    assert adapter["w"].layout == jl.Layout((3, 4, 5), (1,), (2,), (0,))
+    check_dense(fun, params, adapter, *args, tol=5e-6)
+
+
+def test_ragged_dot_of_a_transposed_weight(normal: Any, filled: Any, check_dense: Any) -> None:
+    def fun(params: Any, x: Any, sizes: Any) -> Any:
+        return lax.ragged_dot(x, params["w"].transpose(2, 1, 0), sizes)
+
+    params, args = {"w": normal(5, 6, 3)}, (normal(9, 6), jnp.array([4, 3, 2], jnp.int32))
+    adapter = _adapter_for_all(fun, params, *args, filled=filled)
+    assert adapter["w"].layout == jl.Layout((5, 6, 3), (1,), (0,), (2,))
+    check_dense(fun, params, adapter, *args)
+
+
+def test_ragged_dot_with_one_factor_for_all_experts_is_formed(
+    normal: Any, filled: Any, check_dense: Any
+) -> None:
+    def fun(params: Any, x: Any, sizes: Any) -> Any:
+        return lax.ragged_dot(x, params["w"], sizes)
+
+    params, args = {"w": normal(3, 6, 4)}, (normal(9, 6), jnp.array([4, 3, 2], jnp.int32))
+    layout = jl.Layout((3, 6, 4), (0, 1), (2,))
+    zeros = jl.LoraFactors(
+        jnp.zeros(layout.a_shape(2)), jnp.zeros(layout.b_shape(2)), jnp.float32(1), layout
+    )
+    adapter = filled(jl.Adapter({"w": zeros}))
+    check_dense(fun, params, adapter, *args, strict=False, tol=4e-6)
+    with pytest.raises(jl.MaterializeError, match=r"w: .*`ragged_dot_general`"):
+        jl.apply(fun, strict=True)(params, adapter, *args)

@@ -128,6 +128,82 @@ def _jvp_inside(params: Any, x: Any) -> Any:
     return jax.jvp(lambda x: _layer(x, params["w"]), (x,), (jnp.ones_like(x),))[1]
 
 
+def _stacked_output(params: Any, x: Any) -> Any:
+    def body(x: Any, w: Any) -> Any:
+        return _layer(x, w), w.T
+
+    x, turned = lax.scan(body, x, params["w"])
+    return x @ turned[1]
+
+
+def _outputs_of_other_scales(params: Any, x: Any) -> Any:
+    """The weights of the steps have different scales, and b is a constant of the loop."""
+
+    def body(x: Any, step: Any) -> Any:
+        return x, params["w"][:, ::2] * step.astype(x.dtype)
+
+    _, scaled = lax.scan(body, x, jnp.arange(3))
+    return jnp.einsum("bi,sio->bso", x, scaled)
+
+
+def _while(params: Any, x: Any) -> Any:
+    def body(state: Any) -> Any:
+        i, x = state
+        return i + 1, _layer(x, params["w"])
+
+    return lax.while_loop(lambda state: state[0] < 3, body, (0, x @ params["w"]))[1]
+
+
+def _while_carried(params: Any, x: Any) -> Any:
+    """The weight is carried unchanged, read by the condition and the body, and used afterwards."""
+
+    def cond(state: Any) -> Any:
+        i, x, w = state
+        return (i < 3) & ((x @ w).sum() < 1e6)
+
+    def body(state: Any) -> Any:
+        i, x, w = state
+        return i + 1, _layer(x, w), w
+
+    _, x, w = lax.while_loop(cond, body, (0, x, params["w"]))
+    return x @ w
+
+
+def _while_condition(params: Any, x: Any) -> Any:
+    """Only the condition reads the weight, as a constant of its own."""
+
+    def cond(state: Any) -> Any:
+        i, x = state
+        return (i < 4) & (jnp.abs(x @ params["w"]).max() < 20)
+
+    i, x = lax.while_loop(cond, lambda state: (state[0] + 1, 2 * state[1]), (0, x))
+    return x @ params["w"] + i.astype(x.dtype)
+
+
+def _fori_traced_bounds(params: Any, x: Any) -> Any:
+    # A traced bound makes it a while loop.
+    return lax.fori_loop(0, x.shape[0] - 2 + 0 * x[0, 0].astype(int), _step(params["w"]), x)
+
+
+def _step(w: Any) -> Any:
+    return lambda i, x: _layer(x, w[i])
+
+
+def _cond(params: Any, x: Any) -> Any:
+    y = x @ params["w"]
+    return lax.cond(y.sum() > 0, lambda w: y @ w, lambda w: y @ w.T, params["w"])
+
+
+def _cond_other_branch(params: Any, x: Any) -> Any:
+    y = x @ params["w"]
+    return lax.cond(y.sum() <= 0, lambda w: y @ w, lambda w: y @ w.T, params["w"])
+
+
+def _switch(params: Any, x: Any) -> Any:
+    branches = [lambda x: x @ params["w"][0], jnp.sin, lambda x: _layer(x, params["w"][2].T)]
+    return sum(lax.switch(jnp.int32(k), branches, x) for k in range(4))  # 3 is clamped to 2
+
+
 FACTORED: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
     "scan": (STACK, _scan),
     "scan in reverse": (STACK, lambda p, x: _scan(p, x, reverse=True)),
@@ -147,6 +223,11 @@ FACTORED: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
     "remat of scan": (STACK, _remat_scan),
     "vmap over examples": (SQUARE, _vmapped_examples),
     "vmap over layers": (STACK, _vmapped_layers),
+    "stacked output": (STACK, _stacked_output),
+    "stacked outputs of other scales": (SQUARE, _outputs_of_other_scales),
+    "cond": (SQUARE, _cond),
+    "cond, other branch": (SQUARE, _cond_other_branch),
+    "switch": (STACK, _switch),
     "grad inside": (SQUARE, _grad_inside),
     "jvp inside": (SQUARE, _jvp_inside),
 }
@@ -159,6 +240,23 @@ def test_stays_factored(name: str, normal: Any, planned: Any, check_dense: Any) 
     adapter = planned(fun, params, x)
     assert set(adapter) == set(shapes)
     check_dense(fun, params, adapter, x, tol=5e-6)
+
+
+WHILES: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any]]] = {
+    "constant": (SQUARE, _while),
+    "carried": (SQUARE, _while_carried),
+    "condition": (SQUARE, _while_condition),
+    "traced bounds": (STACK, _fori_traced_bounds),
+}
+
+
+@pytest.mark.parametrize("name", WHILES)
+def test_while_stays_factored(name: str, normal: Any, planned: Any, check_dense: Any) -> None:
+    """JAX differentiates a while loop forwards only."""
+    shapes, fun = WHILES[name]
+    params, x = {path: normal(*shape) / 2 for path, shape in shapes.items()}, normal(5, 4)
+    adapter = planned(fun, params, x)
+    check_dense(fun, params, adapter, x, tol=5e-6, grad=False)
 
 
 def test_scan_over_an_input_axis(normal: Any, filled: Any, check_dense: Any) -> None:
@@ -177,25 +275,22 @@ def _carried_and_changed(params: Any, x: Any) -> Any:
     return lax.scan(body, (x, params["w"]), None, length=3)[0][0]
 
 
-def _stacked_output(params: Any, x: Any) -> Any:
-    def body(x: Any, w: Any) -> Any:
-        return _layer(x, w), w.T
-
-    x, turned = lax.scan(body, x, params["w"])
-    return x @ turned[1]
-
-
-def _while(params: Any, x: Any) -> Any:
-    def body(state: Any) -> Any:
-        i, x = state
-        return i + 1, _layer(x, params["w"])
-
-    return lax.while_loop(lambda state: state[0] < 3, body, (0, x @ params["w"]))[1]
-
-
-def _cond(params: Any, x: Any) -> Any:
+def _cond_returns_the_weight(params: Any, x: Any) -> Any:
     y = x @ params["w"]
-    return lax.cond(y.sum() > 0, lambda w: y @ w, lambda w: y @ w.T, params["w"])
+    return y @ lax.cond(y.sum() > 0, lambda w: w.T, lambda w: 2.0 * w, params["w"])
+
+
+def _while_changed(params: Any, x: Any) -> Any:
+    def body(state: Any) -> Any:
+        i, x, w = state
+        return i + 1, _layer(x, w), 0.5 * w
+
+    return lax.while_loop(lambda state: state[0] < 3, body, (0, x, params["w"]))[1]
+
+
+def _cond_on_a_weight(params: Any, x: Any) -> Any:
+    y = x @ params["w"]
+    return lax.cond(params["w"][0, 0] > 0, lambda y: -y, jnp.sin, y)
 
 
 @jax.custom_vjp
@@ -220,9 +315,9 @@ def _product_jvp(primals: Any, tangents: Any) -> Any:
 
 FORMED: dict[str, tuple[dict[str, Any], tuple[str, ...], bool, Callable[[Any, Any], Any]]] = {
     "carried and changed": (SQUARE, ("scan carry",), True, _carried_and_changed),
-    "stacked output": (STACK, ("scan output",), True, _stacked_output),
-    "while": (SQUARE, ("while",), False, _while),
-    "cond": (SQUARE, ("cond",), True, _cond),
+    "carried by a while and changed": (SQUARE, ("while carry",), False, _while_changed),
+    "returned by a branch": (SQUARE, ("cond output",), True, _cond_returns_the_weight),
+    "condition of a cond": (SQUARE, ("gt",), True, _cond_on_a_weight),
     "custom_vjp": (SQUARE, ("custom_vjp_call",), True, lambda p, x: _scaled_gradient(x, p["w"])),
     "custom_jvp": (SQUARE, ("custom_jvp_call",), True, lambda p, x: _product(x, p["w"])),
     "inside a jit": (SQUARE, ("sin",), True, jax.jit(lambda p, x: x @ p["w"] @ jnp.sin(p["w"]))),
