@@ -1,7 +1,7 @@
 # `make reproduce` runs the article's experiment, `make test` the tests. Both set up .venv first, and
 # install again only after pyproject.toml or constraints.txt changed.
 #   make reproduce ARGS="--rank 8 --out runs/rank8"    options of scripts/reproduce_cifar10.py
-#   make test INTEROP=1                                with PyTorch, for the tests against it
+#   make test INTEROP=1                                with PyTorch, Equinox and Haiku, for the tests with them
 #   make test-lowest                                   with the lower bounds of pyproject.toml
 #   make test ARGS="tests/test_plan.py -x"             arguments of pytest
 PYTHON ?= python3
@@ -55,7 +55,7 @@ $(LOWEST)/.dev: pyproject.toml | $(BIN)/python
 	@echo "installing jax_lora[dev] at its lower bounds into $(LOWEST) ..."
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(PYTHON) -c 'import re, sys; print("\n".join(f"{n}=={v}" for n, v in re.findall( \
-	  r"\"([\w-]+)>=([\d.]+)\"", sys.stdin.read()) if n not in ("setuptools", "torch")))' \
+	  r"\"([\w-]+)>=([\d.]+)\"", sys.stdin.read()) if n not in ("setuptools", "torch", "equinox", "dm-haiku")))' \
 	  < pyproject.toml > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
 	@touch $@

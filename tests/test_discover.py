@@ -284,7 +284,7 @@ def test_low_rank_multiply_adds_in_closed_form() -> None:
 
 
 def test_lookups_under_vmap() -> None:
-    """A table for each layer: the axis paired with the ids' is a stack; rows may be windows of 1."""
+    """A table for each layer: the axis paired with the ids' is a stack; rows may be windows."""
 
     def each(p: Any, ids: Any) -> Any:
         return jax.vmap(lambda w, k: w[k])(p["w"], ids)
