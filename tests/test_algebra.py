@@ -19,7 +19,7 @@ LAYOUTS = {
     "stack": jl.Layout((3, 6, 4), (1,), (2,), (0,)),
     "heads": jl.Layout((6, 2, 4), (0,), (1, 2)),
     "interleaved": jl.Layout((2, 4, 3), (0, 2), (1,)),
-    "experts last": jl.Layout((6, 4, 3), (1,), (0,), (2,)),
+    "experts last": jl.Layout((6, 4, 3), (0,), (1,), (2,)),  # its permutation is no involution
 }
 
 

@@ -21,7 +21,7 @@ LAYOUTS = {
     "stack": jl.Layout((3, 6, 5), (1,), (2,), (0,)),
     "heads": jl.Layout((4, 2, 3), (0,), (1, 2)),
     "interleaved": jl.Layout((2, 5, 3), (0, 2), (1,)),
-    "experts last": jl.Layout((6, 5, 2), (1,), (0,), (2,)),
+    "experts last": jl.Layout((6, 5, 2), (0,), (1,), (2,)),
     "two stacks": jl.Layout((4, 2, 5, 2), (2,), (0,), (3, 1)),
 }
 FEW = ("heads", "two stacks")

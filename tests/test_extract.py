@@ -101,6 +101,19 @@ def test_energy_keeps_the_smallest_rank(base: Any, normal: Any, energy: float) -
         assert float(got.errors[path]) <= np.sqrt(1 - energy) + 1e-6
 
 
+def test_the_energy_of_a_stack_is_that_of_all_its_matrices() -> None:
+    """Squared singular values (9, 0) and (4, 4): rank 1 keeps 13 of 17."""
+    layout = jl.Layout((2, 2, 2), (1,), (2,), (0,))
+    base, tuned = (
+        {"w": jnp.zeros((2, 2, 2))},
+        {"w": jnp.stack([jnp.diag(jnp.array([3.0, 0.0])), 2 * jnp.eye(2)])},
+    )
+    for energy, rank in ((0.76, 1), (0.77, 2)):
+        adapter, errors = jl.extract(base, tuned, {"w": layout}, energy=energy)
+        assert adapter["w"].rank == rank
+        np.testing.assert_allclose(errors["w"], np.sqrt(4 / 17) if rank == 1 else 0, atol=1e-6)
+
+
 def test_no_difference_is_a_zero_adapter(base: Any, delta64: Any) -> None:
     for options in ({"rank": 2}, {"energy": 0.9}):
         got = jl.extract(base, base, LAYOUTS, **options)
