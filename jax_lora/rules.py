@@ -260,6 +260,8 @@ def check_fields(cls: type, data: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: Names the others.
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected a JSON object with named fields, got {data!r}")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = [name for name in data if name not in known]
     if unknown:

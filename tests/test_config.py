@@ -193,3 +193,10 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
 def test_an_alpha_that_overflows_is_refused(alpha: float) -> None:
     with pytest.raises(jl.ConfigError, match="that float32 can hold"):
         jl.LoraConfig(alpha=alpha)
+
+
+def test_json_that_is_no_object_is_refused() -> None:
+    with pytest.raises(
+        jl.ConfigError, match=r"expected a JSON object with named fields, got \[1\]"
+    ):
+        jl.LoraConfig.from_json([1])

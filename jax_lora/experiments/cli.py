@@ -29,9 +29,9 @@ def main(
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit code: 0; 1 after a failed write or an error of this library, which was printed;
-        130 after Ctrl-C, 141 after the reader of the output left, as shells have it. What was saved
-        before stays valid.
+        The exit code: 0; 1 after a failed write or an error of this library, which was printed; 2
+        after options out of range; 130 after Ctrl-C and 141 after the reader of the output left, as
+        shells have it. What was saved before stays valid.
 
     Raises:
         SystemExit: With code 2 after options that cannot be parsed, with code 0 after --help.
@@ -43,7 +43,12 @@ def main(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
     try:
-        run(tyro.cli(options, args=argv))
+        try:
+            parsed = tyro.cli(options, args=argv)
+        except JaxLoraError as error:  # newer parsers put it into their box and exit with 2 as well
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        run(parsed)
     except KeyboardInterrupt:
         print("interrupted; checkpoints already saved are complete", file=sys.stderr)
         return 130
