@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from jax_lora.adapter import Adapter as Adapter
 from jax_lora.adapter import Layout as Layout
-from jax_lora.adapter import LoraFactors as LoraFactors
 from jax_lora.algebra import delta as delta
 from jax_lora.algebra import drop as drop
 from jax_lora.algebra import merge as merge
@@ -16,6 +15,7 @@ from jax_lora.algebra import unmerge as unmerge
 from jax_lora.combine import combine as combine
 from jax_lora.config import LoraConfig as LoraConfig
 from jax_lora.discover import discover as discover
+from jax_lora.dropout import dropout as dropout
 from jax_lora.errors import AdapterError as AdapterError
 from jax_lora.errors import CheckpointError as CheckpointError
 from jax_lora.errors import ConfigError as ConfigError
@@ -32,6 +32,15 @@ from jax_lora.rules import Rule as Rule
 from jax_lora.summary import Summary as Summary
 from jax_lora.summary import summary as summary
 from jax_lora.transform import apply as apply
+from jax_lora.variants import DoraFactors as DoraFactors
+from jax_lora.variants import FullValue as FullValue
+from jax_lora.variants import LohaFactors as LohaFactors
+from jax_lora.variants import LokrFactors as LokrFactors
+from jax_lora.variants import LoraFA as LoraFA
+from jax_lora.variants import LoraFactors as LoraFactors
+from jax_lora.variants import RowValues as RowValues
+from jax_lora.variants import VeraFactors as VeraFactors
+from jax_lora.variants import cache_norms as cache_norms
 
 if TYPE_CHECKING:
     from jax_lora import io as io

@@ -1,22 +1,24 @@
 """What an adapter is: a value beside the parameters, never inside them.
 
-An `Adapter` maps the path of each adapted parameter to its `LoraFactors`: two trained arrays
-``a`` and ``b`` and a ``scale``, together with the static `Layout` that says which axes of the
-weight are its inputs, its outputs, and stacks of independent matrices (the layers of a scan, the
-experts of a mixture). It is a pytree, so gradients, optimizer state and checkpoints are made of
-the adapter alone, switching a task is passing another argument, and many adapters are one adapter
-with a leading axis.
+An `Adapter` maps the path of each adapted parameter to an `Entry`. In the variant that is called
+LoRA that is two trained arrays ``a`` and ``b`` and a ``scale``, together with the static `Layout`
+that says which axes of the weight are its inputs, its outputs, and stacks of independent matrices
+(the layers of a scan, the experts of a mixture). It is a pytree, so gradients, optimizer state and
+checkpoints are made of the adapter alone, switching a task is passing another argument, and many
+adapters are one adapter with a leading axis.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 
 from jax_lora.errors import AdapterError, expect_type, near_misses
 
@@ -78,6 +80,32 @@ class Layout:
         """The number of outputs of one matrix of the stack."""
         return math.prod(self.shape[i] for i in self.out_axes)
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of the stack-axes."""
+        return tuple(self.shape[i] for i in self.stack_axes)
+
+    @property
+    def column_axes(self) -> tuple[int, ...]:
+        """The weight's axes of what there is one of for each output: ``[*stack, *out]``."""
+        return (*self.stack_axes, *self.out_axes)
+
+    @property
+    def column_shape(self) -> tuple[int, ...]:
+        """The shape of what there is one of for each output: ``[*stack, *out]``."""
+        return tuple(self.shape[i] for i in self.column_axes)
+
+    def matrices(self, weight: jax.Array) -> jax.Array:
+        """A weight as ``[*stack, in, out]``."""
+        weight = jnp.transpose(weight, (*self.stack_axes, *self.in_axes, *self.out_axes))
+        return weight.reshape(*self.stack, self.fan_in, self.fan_out)
+
+    def weight(self, matrices: jax.Array) -> jax.Array:
+        """The inverse of `matrices`."""
+        order = (*self.stack_axes, *self.in_axes, *self.out_axes)
+        weight = matrices.reshape([self.shape[i] for i in order])
+        return jnp.transpose(weight, [order.index(i) for i in range(len(order))])
+
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of ``a``: ``[*stack, *in, rank]``."""
         return tuple(rank if i == RANK else self.shape[i] for i in self.a_axes)
@@ -87,38 +115,145 @@ class Layout:
         return tuple(rank if i == RANK else self.shape[i] for i in self.b_axes)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraFactors:
-    """The low-rank update of one weight, ``dW = scale * a b`` (Hu et al. 2021, arXiv:2106.09685).
+class Entry(abc.ABC):
+    """What an adapter holds for one parameter: arrays, and what the parameter becomes with them.
+
+    An entry is a frozen dataclass, registered as a pytree, whose fields are arrays apart from
+    static ones. All else in the library (the engine, optimizer labels, checkpoints, the algebra)
+    works through this contract.
 
     Attributes:
-        a: ``[*stack, *in, rank]``, trained.
-        b: ``[*stack, rank, *out]``, trained, zero at the start.
-        scale: A scalar array. It is an argument of the compiled function like ``a`` and ``b``, so
-            that changing it compiles nothing, but it is not trained.
-        layout: Which axis of the weight each axis of ``a`` and ``b`` is (static).
+        TRAINED: The names of the trained fields.
+        LINEAR: Whether the update depends on the entry alone, in proportion to its ``scale``. If
+            not, it depends on the parameter too, and the algebra has to be given that.
     """
 
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array
-    layout: Layout = dataclasses.field(metadata={"static": True})
+    TRAINED: ClassVar[frozenset[str]] = frozenset()
+    LINEAR: ClassVar[bool] = True
+
+    layout: Layout
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return self.layout.shape
+
+    @property
+    @abc.abstractmethod
     def rank(self) -> int:
-        """The number of columns of ``a``."""
-        return int(self.a.shape[-1])
+        """The rank that the configuration sets; 0 if there is none."""
+
+    @abc.abstractmethod
+    def virtual(self, w: jax.Array, path: str) -> Any:
+        """What the parameter ``w`` becomes: a `LoraWeight`, or an ordinary array."""
+
+    @abc.abstractmethod
+    def update(self, w: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The update ``dW`` as a product: ``a: [*stack, *in, k]`` and ``b: [*stack, k, *out]``.
+
+        The scale is in ``b``. An entry that is not ``LINEAR`` needs the parameter ``w``.
+        """
+
+    @abc.abstractmethod
+    def problems(self) -> list[str]:
+        """What is wrong with the arrays' shapes; empty if nothing is."""
+
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by name, without those that are not there."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        names = [field.name for field in fields if not field.metadata.get("static")]
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+    def trained(self) -> dict[str, Any]:
+        """The trained arrays by name."""
+        return {name: x for name, x in self.arrays().items() if name in self.TRAINED}
+
+
+class Variant(Entry):
+    """A kind of entry that a configuration can ask for, one file in `jax_lora.variants`.
+
+    Attributes:
+        NAME: The variant in rules, tables and checkpoints.
+        MAX_RANK: Whether a rank above min(in, out) only repeats itself.
+        INITS: How it can start, as in `LoraConfig`; empty if it has one way of its own.
+    """
+
+    NAME: ClassVar[str]
+    MAX_RANK: ClassVar[bool] = True
+    INITS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def create(cls, key: jax.Array, w: jax.Array, settings: Settings) -> Self:
+        """A fresh entry, with which the parameter is what it was, bit for bit."""
+
+    @classmethod
+    @abc.abstractmethod
+    def shapes(cls, settings: Settings) -> dict[str, tuple[int, ...]]:
+        """The shape of each array, scalars left out."""
+
+    @classmethod
+    def inner_rank(cls, settings: Settings) -> int:
+        """The rank of the update as a product ``a b``, which is what it costs to apply it."""
+        return settings.rank
+
+    @classmethod
+    def multiply_adds(cls, settings: Settings) -> int:
+        """Multiply-adds of each evaluation, apart from those of each row of the input."""
+        return 0
+
+    def problems(self) -> list[str]:
+        """What is wrong with the arrays' shapes; empty if nothing is."""
+        settings = Settings(self.shape, getattr(self, "layout", None), self.rank)
+        found = {name: tuple(x.shape) for name, x in self.arrays().items()}
+        expected = {name: x for name, x in self.shapes(settings).items() if name in found}
+        shapes = tuple(found[name] for name in expected)
+        if shapes == tuple(expected.values()):
+            return []
+        names = ", ".join(expected)
+        return [f"expected {names} of shapes {tuple(expected.values())}, found {shapes}"]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" if self.NAME == "lora" else f"{self.NAME}, rank {self.rank}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an entry is made from, apart from the parameter itself.
+
+    Attributes:
+        shape: The parameter's shape.
+        layout: The roles of its axes; None if it is trained whole and they play no role.
+        rank: The rank of the update.
+        scale: What multiplies the update.
+        init: How the factors start.
+        dtype: The dtype of the trained arrays.
+        rows: The rows that are trained, if only these are.
+    """
+
+    shape: tuple[int, ...]
+    layout: Layout | None
+    rank: int = 0
+    scale: float = 1.0
+    init: str = "kaiming"
+    dtype: str = "float32"
+    rows: tuple[int, ...] = ()
+
+    @property
+    def matrix(self) -> Layout:
+        """The layout, for variants that have to have one."""
+        assert self.layout is not None
+        return self.layout
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Adapter(Mapping[str, LoraFactors]):
-    """An immutable mapping from a parameter's path to its factors, and a pytree.
+class Adapter(Mapping[str, Entry]):
+    """An immutable mapping from a parameter's path to its `Entry`, and a pytree.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax.numpy as jnp, jax_lora as jl
         >>> layout = Layout(shape=(4, 3), in_axes=(0,), out_axes=(1,))
-        >>> factors = LoraFactors(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.asarray(1.0), layout)
+        >>> factors = jl.LoraFactors(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.asarray(1.0), layout)
         >>> adapter = Adapter({"l1/kernel": factors})
         >>> adapter["l1/kernel"].rank, adapter.trainable_params
         (2, 14)
@@ -128,10 +263,10 @@ class Adapter(Mapping[str, LoraFactors]):
 
     __slots__ = ("_entries",)
 
-    def __init__(self, entries: Mapping[str, LoraFactors]):
+    def __init__(self, entries: Mapping[str, Entry]):
         self._entries = {path: entries[path] for path in sorted(entries)}
 
-    def __getitem__(self, path: str) -> LoraFactors:
+    def __getitem__(self, path: str) -> Any:
         try:
             return self._entries[path]
         except KeyError:
@@ -146,17 +281,18 @@ class Adapter(Mapping[str, LoraFactors]):
     def __repr__(self) -> str:
         if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):
             return f"Adapter({self._entries!r})"  # a tree of labels, or of anything else
-        rows = [f"  {path}: rank {entry.rank}" for path, entry in self._entries.items()]
+        rows = [f"  {path}: {entry}" for path, entry in self._entries.items()]
         return "\n".join([f"Adapter({self.trainable_params:,} trainable parameters)", *rows])
 
     @property
     def trainable_params(self) -> int:
-        """The number of elements of all ``a`` and ``b``."""
-        return sum(math.prod(f.a.shape) + math.prod(f.b.shape) for f in self._entries.values())
+        """The number of elements of all trained arrays."""
+        trained = (x for entry in self._entries.values() for x in entry.trained().values())
+        return sum(math.prod(x.shape) for x in trained)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all arrays: ``a``, ``b`` and ``scale``."""
+        """The bytes of all arrays, ``scale`` and others that are not trained among them."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def tree_flatten_with_keys(self) -> tuple[Any, tuple[str, ...]]:
@@ -211,17 +347,14 @@ def check_fits(params: Any, adapter: Adapter) -> None:
     expect_type("an adapter", adapter, Adapter)
     leaves = leaves_by_path(params)
     problems = []
-    for path, factors in adapter.items():
+    for path, entry in adapter.items():
         if path not in leaves:
             problems.append(f"{path}: no such parameter ({near_misses(path, leaves)})")
-        elif tuple(leaves[path].shape) != factors.layout.shape:
+        elif tuple(leaves[path].shape) != entry.shape:
             found = tuple(leaves[path].shape)
-            problems.append(f"{path}: made for shape {factors.layout.shape}, found {found}")
+            problems.append(f"{path}: made for shape {entry.shape}, found {found}")
         else:
-            rank = factors.a.shape[-1]
-            expected = (factors.layout.a_shape(rank), factors.layout.b_shape(rank))
-            if (found_ab := (tuple(factors.a.shape), tuple(factors.b.shape))) != expected:
-                problems.append(f"{path}: expected a, b of shapes {expected}, found {found_ab}")
+            problems += [f"{path}: {problem}" for problem in entry.problems()]
     if problems:
         raise AdapterError(
             "the adapter does not fit these parameters; use the params (same tree, same nesting) "

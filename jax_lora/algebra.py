@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import Adapter, LoraFactors, check_fits, path_of
-from jax_lora.errors import ConfigError
-from jax_lora.lowrank import as_weight, factor_matrices, product
+from jax_lora.adapter import Adapter, Entry, check_fits, leaves_by_path, path_of
+from jax_lora.errors import AdapterError, ConfigError
+from jax_lora.lowrank import product, working_dtype
 from jax_lora.rules import matching_paths
-from jax_lora.virtual import virtual_weight
+from jax_lora.variants import factor_matrices
+from jax_lora.virtual import LoraWeight
 
 
 def merge(params: Any, adapter: Adapter) -> Any:
-    """Fold an adapter into its base: ``W + scale * a b`` for every adapted weight.
+    """Fold an adapter into its base: ``W + scale * a b``, or what else its variant makes of ``W``.
 
     Args:
         params: The base parameters.
@@ -43,7 +44,7 @@ def merge(params: Any, adapter: Adapter) -> Any:
         path = path_of(key_path)
         if path not in adapter:
             return leaf
-        return virtual_weight(leaf, adapter[path], path).materialize()
+        return _formed(adapter[path], leaf, path)
 
     return jax.tree_util.tree_map_with_path(fold, params)
 
@@ -67,7 +68,8 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
         A new tree like ``params``.
 
     Raises:
-        AdapterError: The adapter does not fit the parameters.
+        AdapterError: The adapter does not fit the parameters, or has entries (DoRA, trained values)
+            that leave no way back: keep the base.
 
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
@@ -79,19 +81,21 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
     return merge(params, negate(adapter))
 
 
-def delta(adapter: Adapter) -> dict[str, jax.Array]:
-    """The updates themselves: ``dW = scale * a b`` by path, each of its weight's shape.
+def delta(adapter: Adapter, params: Any = None) -> dict[str, jax.Array]:
+    """The updates themselves by path: ``dW = W' - W``, ``scale * a b`` with LoRA.
 
     The laws of the algebra hold on these: factors ``a`` and ``b`` of the same update are many.
 
     Args:
         adapter: The adapter.
+        params: The base parameters, needed where the update depends on them (DoRA, trained values).
 
     Returns:
         By path, an array of the weight's shape, in the factors' dtype and at least float32.
 
     Raises:
-        AdapterError: Factors that do not have the shapes of their layout.
+        AdapterError: Factors that do not have the shapes of their layout, or an update that depends
+            on parameters that are not given.
 
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
@@ -100,11 +104,24 @@ def delta(adapter: Adapter) -> dict[str, jax.Array]:
         >>> delta(jl.Adapter({"w": factors}))["w"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
+    if params is not None:
+        check_fits(params, adapter)
+    leaves = {} if params is None else leaves_by_path(params)
     updates = {}
-    for path, factors in adapter.items():
-        a, b = factor_matrices(path, factors)
-        updates[path] = as_weight(product(a * factors.scale.astype(a.dtype), b), factors.layout)
+    for path, entry in adapter.items():
+        if entry.LINEAR or path not in leaves:
+            a, b = factor_matrices(path, entry)
+            updates[path] = entry.layout.weight(product(a, b))
+        else:
+            w = leaves[path].astype(working_dtype(leaves[path].dtype))
+            updates[path] = _formed(entry, w, path) - w
     return updates
+
+
+def _formed(entry: Entry, w: jax.Array, path: str) -> jax.Array:
+    """The adapted parameter as an ordinary array."""
+    new = entry.virtual(w, path)
+    return new.materialize() if isinstance(new, LoraWeight) else new
 
 
 def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
@@ -122,6 +139,7 @@ def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
 
     Raises:
         ConfigError: The factor has a shape that would change that of a ``scale``.
+        AdapterError: An update that is not in proportion to its scale (DoRA, trained values).
 
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
@@ -132,7 +150,8 @@ def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
     """
     value = jnp.asarray(factor)
 
-    def scaled(path: str, factors: LoraFactors) -> LoraFactors:
+    def scaled(path: str, factors: Any) -> Any:
+        _check_proportional(path, factors)
         shape = tuple(factors.scale.shape)
         if value.shape not in ((), shape):
             raise ConfigError(
@@ -153,6 +172,9 @@ def negate(adapter: Adapter) -> Adapter:
     Returns:
         A new adapter with the same ``a`` and ``b`` and the opposite ``scale``.
 
+    Raises:
+        AdapterError: An update that is not in proportion to its scale (DoRA, trained values).
+
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
         >>> layout = jl.Layout((2, 3), in_axes=(0,), out_axes=(1,))
@@ -163,8 +185,21 @@ def negate(adapter: Adapter) -> Adapter:
     References:
         Ilharco et al. 2022, Editing Models with Task Arithmetic, arXiv:2212.04089.
     """
-    opposite = {path: dataclasses.replace(f, scale=-f.scale) for path, f in adapter.items()}
+    for path, entry in adapter.items():
+        _check_proportional(path, entry)
+    opposite: dict[str, Any] = dict(adapter)
+    for path, entry in opposite.items():
+        opposite[path] = dataclasses.replace(entry, scale=-entry.scale)
     return Adapter(opposite)
+
+
+def _check_proportional(path: str, entry: Entry) -> None:
+    if not entry.LINEAR:
+        raise AdapterError(
+            f"{path}: expected an update in proportion to its scale, got that of {entry}, which "
+            "depends on the parameter too; use combine([adapter], [factor], params=params), or "
+            "drop the path"
+        )
 
 
 def select(adapter: Adapter, globs: str | Sequence[str]) -> Adapter:

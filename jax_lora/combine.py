@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors, param_key
+from jax_lora.adapter import Adapter, Entry, check_fits, leaves_by_path, param_key
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
     Approximation,
     check_rank,
     dense_factors,
-    factor_matrices,
-    from_matrices,
     product,
     truncate,
     working_dtype,
 )
+from jax_lora.variants import FullValue, factor_matrices, from_matrices
 from jax_lora.virtual import wider
 
 Method = Literal["cat", "linear", "svd", "magnitude_prune", "ties", "dare", "dare_ties"]
@@ -41,13 +40,15 @@ def combine(
     rank: int | None = None,
     density: float | None = None,
     key: jax.Array | None = None,
+    params: Any = None,
 ) -> Approximation:
     r"""One adapter from several: a weighted sum of their updates, or what a method makes of it.
 
     Every method is defined on the updates ``dW_i = s_i a_i b_i`` of a weight, so that it does not
-    matter which of the many factorisations an adapter happens to hold, and a weight acts on its
-    adapter like `scale`. An adapter without an entry for a path counts as zero there. Ranks may
-    differ. With ``w_i`` the weights:
+    matter which of the many factorisations or which variant an adapter happens to hold, and a
+    weight acts on its adapter like `scale`. The result is LoRA, of full rank where it is that of
+    DoRA, and values trained whole stay such values. An adapter without an entry for a path counts
+    as zero there. Ranks may differ. With ``w_i`` the weights:
 
     - ``"cat"``: ``sum_i w_i dW_i``, exactly: ``a = [a_1 ...]``, ``b = [w_1 s_1 b_1; ...]``. Ranks
       add. An adapter of weight 0 is in the state LoRA starts in: ``a`` as it was, ``b`` zero.
@@ -88,6 +89,7 @@ def combine(
         density: The share of elements kept, in (0, 1]; required by all that keep a share.
         key: A JAX PRNG key, required by ``"dare"`` and ``"dare_ties"``. The elements dropped depend
             on it, on the path and on the adapter's place in the list.
+        params: The base parameters, needed where an update depends on them (DoRA, trained values).
 
     Returns:
         The adapter, with ``scale`` 1 and the widest dtype of the factors, and the relative error
@@ -119,16 +121,21 @@ def combine(
     _check_arguments(adapters, method, rank, density, key)
     values = _check_weights(weights, len(adapters))
     _check_layouts(adapters)
-    entries: dict[str, LoraFactors] = {}
+    if params is not None:
+        for adapter in adapters:
+            check_fits(params, adapter)
+    leaves = {} if params is None else leaves_by_path(params)
+    entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
     for path in sorted({path for adapter in adapters for path in adapter}):
         held = [(i, adapter[path]) for i, adapter in enumerate(adapters) if path in adapter]
-        dtype = functools.reduce(wider, [x.dtype for _, f in held for x in (f.a, f.b)])
+        arrays = [x for _, f in held for x in f.trained().values()]
+        dtype = functools.reduce(wider, [x.dtype for x in arrays])
         work = working_dtype(dtype)
         parts = []
         for i, f in held:
-            a, b = (m.astype(work) for m in factor_matrices(path, f))
-            parts.append(_Part(i, values[i].astype(work), a, f.scale.astype(work) * b))
+            a, b = (m.astype(work) for m in factor_matrices(path, f, leaves.get(path)))
+            parts.append(_Part(i, values[i].astype(work), a, b))
         if method in (*_EXACT, "svd"):
             a, b = _exact_sum(parts)
             if method == "linear" and a.shape[-1] > min(a.shape[-2], b.shape[-1]):
@@ -136,10 +143,14 @@ def combine(
         else:
             a, b = dense_factors(_merged(path, parts, method, density, key))
         errors[path] = jnp.zeros((), work)
+        first = held[0][1]
+        if isinstance(first, FullValue):
+            new = leaves[path].astype(work) + product(a, b).reshape(first.shape)
+            entries[path] = FullValue(new.astype(dtype), first.shape)
+            continue
         if method not in _EXACT:
             a, b, errors[path] = truncate(a, b, rank or max(f.rank for _, f in held))
-        layout = held[0][1].layout
-        entries[path] = from_matrices(a.astype(dtype), b.astype(dtype), layout)
+        entries[path] = from_matrices(a.astype(dtype), b.astype(dtype), first.layout)
     return Approximation(Adapter(entries), errors)
 
 
@@ -247,15 +258,14 @@ def _check_weights(weights: Any, count: int) -> list[jax.Array]:
 
 
 def _check_layouts(adapters: Sequence[Adapter]) -> None:
-    first: dict[str, tuple[int, Layout]] = {}
+    first: dict[str, tuple[int, Any]] = {}
     problems = []
     for i, adapter in enumerate(adapters):
-        for path, factors in adapter.items():
-            j, layout = first.setdefault(path, (i, factors.layout))
-            if factors.layout != layout:
-                problems.append(
-                    f"{path}: expected {layout} as in adapter {j}, got {factors.layout} in {i}"
-                )
+        for path, entry in adapter.items():
+            kind = "a value trained whole" if isinstance(entry, FullValue) else entry.layout
+            j, expected = first.setdefault(path, (i, kind))
+            if kind != expected:
+                problems.append(f"{path}: expected {expected} as in adapter {j}, got {kind} in {i}")
     if problems:
         raise AdapterError(
             "expected adapters of the same weights; use ones that were planned for the same model, "

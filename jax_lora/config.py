@@ -14,6 +14,7 @@ from jax_lora.rules import (
     Init,
     Rule,
     Scaling,
+    Variant,
     check_fields,
     pattern_problems,
     plain_values,
@@ -40,8 +41,17 @@ class LoraConfig:
             arXiv:2106.09685), ``"rslora"`` alpha/sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732),
             or ``"alpha"`` itself.
         init: How ``a`` starts (``b`` starts at zero): ``"kaiming"`` uniform on ±1/sqrt(fan_in),
-            ``"gaussian"`` normal with standard deviation 1/r, ``"article"`` uniform on ±1/sqrt(r).
-        dtype: The dtype of ``a`` and ``b``. They are cast where they meet a weight.
+            ``"gaussian"`` normal with standard deviation 1/r, ``"article"`` uniform on ±1/sqrt(r),
+            ``"orthogonal"`` with orthonormal columns. Or both are parts of the weight whose product
+            at the start is subtracted: ``"pissa"``, its largest singular values and vectors (Meng
+            et al. 2024, arXiv:2404.02948), and ``"olora"``, from its QR decomposition (Büyükakyüz
+            2024, arXiv:2406.01775). `init_eva` and `init_lora_ga` start from data.
+        dtype: The dtype of what is trained. It is cast where it meets a weight.
+        variant: What kind of update it is: ``"lora"``, ``"lora-fa"`` with ``a`` frozen, ``"dora"``
+            with magnitudes apart, ``"vera"`` with random factors and trained vectors, ``"loha"``
+            and ``"lokr"`` as a Hadamard and a Kronecker product, or ``"full"``, the parameter
+            itself. Each is described, with its paper, in `jax_lora.variants`.
+        dropout: The probability with which `jax_lora.dropout` drops each input of the update.
 
     Raises:
         ConfigError: A value that cannot mean anything.
@@ -58,6 +68,8 @@ class LoraConfig:
     scaling: Scaling = "standard"
     init: Init = "kaiming"
     dtype: str = "float32"
+    variant: Variant = "lora"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         values = plain_values({name: getattr(self, name) for name in SETTINGS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -10,20 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path
+from jax_lora.adapter import Adapter, Entry, Layout, leaves_by_path
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
     Approximation,
-    as_matrices,
     check_rank,
     dense_factors,
-    factor_matrices,
-    from_matrices,
     pad,
     truncate,
     working_dtype,
 )
 from jax_lora.rules import matching_paths
+from jax_lora.variants import (
+    DoraFactors,
+    FullValue,
+    LoraFactors,
+    RowValues,
+    factor_matrices,
+    from_matrices,
+)
 
 
 class HasLayout(Protocol):
@@ -97,12 +103,12 @@ def extract(
     before, after = leaves_by_path(base), leaves_by_path(tuned)
     known = {p: x if isinstance(x, Layout) else x.layout for p, x in layouts.items()}
     _check_trees(before, after, known, ignore)
-    entries: dict[str, LoraFactors] = {}
+    entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
     for path, layout in sorted(known.items()):
         old, new = jnp.asarray(before[path]), jnp.asarray(after[path])
         dtype = working_dtype(old.dtype, new.dtype)
-        difference = as_matrices(new.astype(dtype) - old.astype(dtype), layout)
+        difference = layout.matrices(new.astype(dtype) - old.astype(dtype))
         kept = _rank_of_energy(difference, energy) if rank is None else rank
         a, b, errors[path] = truncate(*dense_factors(difference), kept)
         entries[path] = from_matrices(a, b, layout)
@@ -118,6 +124,9 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
     the gradients of the entries that were there. Those of the zeros are zero, as each is multiplied
     by the other's: they never move, which makes this the way to give adapters one shape, not to
     train at a larger rank. For that, `combine` the adapter with a fresh one by ``"cat"``.
+
+    Of LoRA-FA and DoRA the factors change and the rest stays; VeRA, LoHa and LoKr become LoRA;
+    values trained whole have no rank and are kept.
 
     Args:
         adapter: The adapter.
@@ -144,17 +153,31 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
         ((1, 3), 0.7071)
     """
     check_rank(rank)
-    entries: dict[str, LoraFactors] = {}
+    entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
-    for path, factors in adapter.items():
-        a, b = factor_matrices(path, factors)
+    for path, entry in adapter.items():
+        if isinstance(entry, (FullValue, RowValues)):
+            entries[path], errors[path] = entry, jnp.zeros((), jnp.float32)
+            continue
+        inner = entry
+        if isinstance(entry, LoraFactors):
+            # The factors alone: what a variant has besides is for a weight of any rank.
+            plain = entry.without_anchor()
+            inner = LoraFactors(plain.a, plain.b, jnp.ones((), plain.b.dtype), plain.layout)
+        a, b = factor_matrices(path, inner)
         error = jnp.zeros((), a.dtype)
-        if rank < factors.rank:
+        if rank < a.shape[-1]:
             a, b, error = truncate(a, b, rank)
         else:
             a, b = pad(a, b, rank)
-        a, b = a.astype(factors.a.dtype), b.astype(factors.b.dtype)
-        entries[path] = from_matrices(a, b, factors.layout, factors.scale)
+        dtype = jax.tree.leaves(entry.trained())[0].dtype
+        resized = from_matrices(a.astype(dtype), b.astype(dtype), entry.layout)
+        if isinstance(entry, LoraFactors):
+            parts: dict[str, Any] = {"a": resized.a, "b": resized.b, "a0": None, "b0": None}
+            parts |= {"norm": None} if isinstance(entry, DoraFactors) else {}
+            entries[path] = dataclasses.replace(entry, **parts)
+        else:
+            entries[path] = resized
         errors[path] = error
     return Approximation(Adapter(entries), errors)
 

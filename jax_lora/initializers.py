@@ -1,4 +1,8 @@
-"""How the factor ``a`` starts; ``b`` starts at zero, so that a fresh adapter changes nothing."""
+"""How the factors start, from a key or from the weight itself.
+
+From a key: ``a`` is random and ``b`` zero, so that a fresh adapter changes nothing. From the
+weight: both are parts of it, and their product at the start is subtracted (see `LoraFactors`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.adapter import Layout
+from jax_lora.lowrank import pad, working_dtype
 
 Initializer = Callable[[jax.Array, Layout, int], jax.Array]
 
@@ -41,6 +46,59 @@ def article(key: jax.Array, layout: Layout, rank: int) -> jax.Array:
     return _uniform(key, layout.a_shape(rank), 1 / math.sqrt(rank))
 
 
+def orthogonal(key: jax.Array, layout: Layout, rank: int) -> jax.Array:
+    """Orthonormal columns, random ones; orthonormal rows where the rank exceeds the inputs.
+
+    References:
+        Saxe et al. 2013, Exact solutions to the nonlinear dynamics of learning in deep linear
+        neural networks, arXiv:1312.6120.
+    """
+    draw = jax.nn.initializers.orthogonal()
+    keys = jax.random.split(key, math.prod(layout.stack))
+    matrices = jax.vmap(lambda k: draw(k, (layout.fan_in, rank), jnp.float32))(keys)
+    return matrices.reshape(layout.a_shape(rank))
+
+
+def pissa(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    r"""The principal singular values and vectors: ``a = U_r (S_r/s)^1/2, b = (S_r/s)^1/2 V_r^T``.
+
+    Args:
+        w: ``[*stack, in, out]``.
+        rank: The rank r; what exceeds min(in, out) is zero.
+        scale: What multiplies ``a b``, positive.
+
+    Returns:
+        ``a: [*stack, in, r]`` and ``b: [*stack, r, out]`` with ``s a b`` the best approximation of
+        ``w`` of that rank.
+
+    References:
+        Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+        Language Models, arXiv:2404.02948.
+    """
+    u, s, vt = jnp.linalg.svd(w.astype(working_dtype(w.dtype)), full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale)
+    return pad(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :], rank)
+
+
+def olora(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    r"""The first rows and columns of ``w^T = Q R``: ``a = (R_r)^T`` and ``b = (Q_r)^T``.
+
+    Args:
+        w: ``[*stack, in, out]``.
+        rank: The rank r; what exceeds min(in, out) is zero.
+        scale: Not used: as in PEFT the product at the start, whatever its scale, is subtracted.
+
+    Returns:
+        ``a: [*stack, in, r]`` and ``b: [*stack, r, out]``, the rows of ``b`` orthonormal.
+
+    References:
+        Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models,
+        arXiv:2406.01775.
+    """
+    q, r = jnp.linalg.qr(w.mT.astype(working_dtype(w.dtype)))
+    return pad(r[..., :rank, :].mT, q[..., :rank].mT, rank)
+
+
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -49,4 +107,9 @@ INITIALIZERS: dict[str, Initializer] = {
     "kaiming": kaiming,
     "gaussian": gaussian,
     "article": article,
+    "orthogonal": orthogonal,
 }
+
+#: Of the weight's matrices, the rank and the scale: both factors.
+FromWeight = Callable[[jax.Array, int, float], tuple[jax.Array, jax.Array]]
+FROM_WEIGHT: dict[str, FromWeight] = {"pissa": pissa, "olora": olora}

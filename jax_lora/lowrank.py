@@ -1,7 +1,7 @@
 """Low-rank approximation of updates: the linear algebra below `combine`, `extract` and `resize`.
 
 Everything works on matrices ``[*stack, in, out]``: a weight with several in- and out-axes is
-brought to that form by its layout, and back.
+brought to that form by its `Layout`, and back.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors
-from jax_lora.errors import AdapterError, ConfigError
+from jax_lora.adapter import Adapter
+from jax_lora.errors import ConfigError
 from jax_lora.virtual import wider
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -48,50 +48,6 @@ def check_rank(rank: Any) -> None:
 def working_dtype(*dtypes: Any) -> Any:
     """The dtype to compute in: the widest, and at least float32."""
     return functools.reduce(wider, dtypes, jnp.dtype("float32"))
-
-
-def as_matrices(weight: jax.Array, layout: Layout) -> jax.Array:
-    """A weight as ``[*stack, in, out]``."""
-    order = (*layout.stack_axes, *layout.in_axes, *layout.out_axes)
-    stack = tuple(layout.shape[i] for i in layout.stack_axes)
-    return jnp.transpose(weight, order).reshape(*stack, layout.fan_in, layout.fan_out)
-
-
-def as_weight(matrices: jax.Array, layout: Layout) -> jax.Array:
-    """The inverse of `as_matrices`."""
-    order = (*layout.stack_axes, *layout.in_axes, *layout.out_axes)
-    weight = matrices.reshape([layout.shape[i] for i in order])
-    return jnp.transpose(weight, [order.index(i) for i in range(len(order))])
-
-
-def factor_matrices(path: str, factors: LoraFactors) -> tuple[jax.Array, jax.Array]:
-    """Both factors as ``a: [*stack, in, rank]`` and ``b: [*stack, rank, out]``, at least float32.
-
-    Raises:
-        AdapterError: The factors do not have the shapes of their layout.
-    """
-    layout, rank = factors.layout, factors.rank
-    found = (tuple(factors.a.shape), tuple(factors.b.shape))
-    if found != (layout.a_shape(rank), layout.b_shape(rank)):
-        raise AdapterError(
-            f"{path}: expected a, b of shapes {layout.a_shape(rank)}, {layout.b_shape(rank)}, got "
-            f"{found[0]}, {found[1]}; an adapter with a leading axis goes through jax.vmap"
-        )
-    dtype = working_dtype(factors.a.dtype, factors.b.dtype)
-    stack = tuple(layout.shape[i] for i in layout.stack_axes)
-    a = factors.a.astype(dtype).reshape(*stack, layout.fan_in, rank)
-    return a, factors.b.astype(dtype).reshape(*stack, rank, layout.fan_out)
-
-
-def from_matrices(
-    a: jax.Array, b: jax.Array, layout: Layout, scale: jax.Array | None = None
-) -> LoraFactors:
-    """The entry with factors ``a: [*stack, in, rank]``, ``b: [*stack, rank, out]``; scale 1."""
-    rank = a.shape[-1]
-    scale = jnp.ones((), jnp.float32) if scale is None else scale
-    return LoraFactors(
-        a.reshape(layout.a_shape(rank)), b.reshape(layout.b_shape(rank)), scale, layout
-    )
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

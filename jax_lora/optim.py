@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import optax
 
-from jax_lora.adapter import Adapter
+from jax_lora.adapter import Adapter, Entry
 from jax_lora.errors import AdapterError
 
 TRAINED, FROZEN = "trained", "frozen"
 
 
 def labels(tree: Any) -> Any:
-    """Label every leaf: ``a`` and ``b`` of an adapter ``"trained"``, all others ``"frozen"``.
+    """Label every leaf: what an adapter trains ``"trained"``, all others ``"frozen"``.
 
     Args:
         tree: An adapter, or any tree that holds adapters, such as ``{"base": ..., "lora": ...}``.
@@ -38,8 +38,7 @@ def labels(tree: Any) -> Any:
     def label(node: Any) -> Any:
         if not isinstance(node, Adapter):
             return FROZEN
-        marks: Any = {"a": TRAINED, "b": TRAINED, "scale": FROZEN}
-        return Adapter({path: dataclasses.replace(f, **marks) for path, f in node.items()})
+        return Adapter({path: _marked(entry) for path, entry in node.items()})
 
     labelled = jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Adapter))
     if TRAINED not in jax.tree.leaves(labelled):
@@ -50,8 +49,13 @@ def labels(tree: Any) -> Any:
     return labelled
 
 
+def _marked(entry: Entry) -> Any:
+    marks: Any = {n: TRAINED if n in entry.TRAINED else FROZEN for n in entry.arrays()}
+    return dataclasses.replace(entry, **marks)  # type: ignore[type-var]
+
+
 def lora_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``optimizer`` for the factors ``a`` and ``b``; no update and no state for anything else.
+    """``optimizer`` for what an adapter trains; no update and no state for anything else.
 
     The masking is `optax.multi_transform` over `labels`, with `optax.set_to_zero` for what is
     frozen. Put gradient clipping and `optax.MultiSteps` *inside* ``optimizer``: around the result

@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors, leaves_by_path, param_key
+from jax_lora.adapter import Adapter, Entry, leaves_by_path, param_key
 from jax_lora.config import LoraConfig
-from jax_lora.discover import MATRIX_USES, Use, discover, low_rank_multiply_adds
-from jax_lora.errors import AdapterError, ConfigError, TargetError, expect_type, near_misses
-from jax_lora.initializers import INITIALIZERS
+from jax_lora.discover import discover
+from jax_lora.errors import AdapterError, expect_type, near_misses
+from jax_lora.initializers import FROM_WEIGHT
 from jax_lora.interpreter import Interpreter
-from jax_lora.rules import ALL_LINEAR, Rule, path_matches
-from jax_lora.tables import count, format_table, group_numbered, spans
+from jax_lora.selection import Target, select
+from jax_lora.tables import count, format_table, group_numbered
 from jax_lora.transform import interpret
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One weight that will be adapted.
-
-    Attributes:
-        path: The parameter's path.
-        layout: The roles of its axes, read from its first use as a matrix.
-        rule: The entry of ``config.targets`` that selected it.
-        uses: Everything the function does with it.
-        rank: The rank of its update.
-        alpha: The strength of its update.
-        scale: What multiplies its ``a b``.
-        init: How its ``a`` starts.
-        dtype: The dtype of its ``a`` and ``b``.
-        materialized: Primitives at which ``W + scale a b`` is formed because no rule keeps the
-            weight factored there; empty if it is factored everywhere.
-    """
-
-    path: str
-    layout: Layout
-    rule: str
-    uses: tuple[Use, ...]
-    rank: int
-    alpha: float
-    scale: float
-    init: str
-    dtype: str
-    materialized: tuple[str, ...] = ()
-
-    @property
-    def trainable(self) -> int:
-        """The number of trained elements."""
-        return math.prod(self.layout.a_shape(self.rank)) + math.prod(self.layout.b_shape(self.rank))
-
-    @property
-    def extra_multiply_adds(self) -> int:
-        """The multiply-adds that it adds to a forward pass, if it stays factored."""
-        return low_rank_multiply_adds(self.layout, self.rank, self.uses)
-
-    @property
-    def largest_rank(self) -> int:
-        """min(in, out), above which a rank only repeats itself."""
-        return min(self.layout.fan_in, self.layout.fan_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +30,7 @@ class Plan:
         skipped: Why each other parameter is not, by path.
         base_params: The number of elements of all parameters.
         multiply_adds: Multiply-adds of the base model on the planned arguments.
+        adapter_bytes: The bytes of all arrays of the adapter.
     """
 
     config: LoraConfig
@@ -83,6 +38,7 @@ class Plan:
     skipped: dict[str, str]
     base_params: int
     multiply_adds: int
+    adapter_bytes: int = 0
 
     def trainable(self, path: str) -> int:
         """The number of trained elements for one target."""
@@ -98,12 +54,20 @@ class Plan:
         return sum(self.trainable(path) for path in self.targets)
 
     @property
-    def adapter_bytes(self) -> int:
-        """The bytes of all ``a``, ``b`` and ``scale`` arrays."""
-        return sum(t.trainable * jnp.dtype(t.dtype).itemsize + 4 for t in self.targets.values())
+    def dropout(self) -> dict[str, float]:
+        """The rates for `jax_lora.dropout`, by path."""
+        return {path: target.dropout for path, target in self.targets.items() if target.dropout}
 
     def __str__(self) -> str:
         return self.table()
+
+    def _start(self) -> list[str]:
+        """What is true of the start of all factors."""
+        plain = all(t.variant in ("lora", "lora-fa", "dora") for t in self.targets.values())
+        return ["b zero"] if plain and not self._anchored() else []
+
+    def _anchored(self) -> bool:
+        return any(target.init in FROM_WEIGHT for target in self.targets.values())
 
     def table(self, *, full: bool = False) -> str:
         """The plan as text, ending with the parameters that are left out, and why.
@@ -120,7 +84,7 @@ class Plan:
         for k, (path, target) in enumerate(self.targets.items()):
             costs = count(target.trainable), count(target.extra_multiply_adds)
             settings = (column[k] for column in columns.values())
-            shape = str(list(target.layout.shape))
+            shape = str(list(target.shape))
             rows[path] = (shape, *settings, target.rule, *costs, _note(target))
         cells = []
         for name, paths in _groups(rows, full):
@@ -133,7 +97,7 @@ class Plan:
         added = sum(target.extra_multiply_adds for target in self.targets.values())
         share = self.trainable_params / max(self.base_params, 1)
         lines = [
-            f"LoRA plan: {', '.join([*shared, 'b zero'])}",
+            f"LoRA plan: {', '.join(shared + self._start())}",
             format_table(header, _capped(cells, full), right),
             f"trained {count(self.trainable_params)} beside {count(self.base_params)} frozen "
             f"parameters ({share:.1%}), {count(self.adapter_bytes)} bytes",
@@ -154,20 +118,31 @@ def _settings_columns(targets: list[Target]) -> tuple[list[str], dict[str, list[
     """What all targets share, as words for the first line; and a column for each other setting."""
     shared: list[str] = []
     columns: dict[str, list[str]] = {}
-    for name, title in (("rank", "rank"), ("scale", "scale"), ("dtype", ""), ("init", "a")):
-        values = [getattr(target, name) for target in targets]
-        words = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-        if len(set(values)) == 1:
-            shared.append(f"{title} {words[0]}".strip())
-        else:
+    neutral = {"variant": "lora", "dropout": "0"}
+    for name, title in (
+        *(("variant", ""), ("rank", "rank"), ("scale", "scale"), ("dtype", "")),
+        *(("init", "a"), ("dropout", "dropout")),
+    ):
+        words = [_word(target, name) for target in targets]
+        if len(set(words)) > 1:
             columns[title or name] = words
+        elif words[0] and words[0] != neutral.get(name):
+            shared.append(f"{title} {words[0]}".strip())
     return shared, columns
+
+
+def _word(target: Target, name: str) -> str:
+    """A setting of a target in the table; empty where it plays no role."""
+    if target.variant in ("full", "rows") and name in ("rank", "scale"):
+        return ""
+    value = getattr(target, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _note(target: Target) -> str:
     if target.materialized:
         return f"formed at {', '.join(target.materialized)}"
-    if target.rank > target.largest_rank:
+    if target.entry.MAX_RANK and target.rank > target.largest_rank:
         return f"rank exceeds min(in, out) = {target.largest_rank}"
     return ""
 
@@ -234,7 +209,7 @@ def plan(
     expect_type("a configuration", config, LoraConfig)
     uses = discover(fun, params, *args, **kwargs)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if path in uses}
-    targets, skipped = _select(config, leaves, uses)
+    targets, skipped = select(config, leaves, uses)
     planned = Plan(
         config,
         targets,
@@ -245,187 +220,14 @@ def plan(
     return _with_materialized(planned, fun, params, args, kwargs)
 
 
-def _select(
-    config: LoraConfig, leaves: dict[str, Any], uses: dict[str, tuple[Use, ...]]
-) -> tuple[dict[str, Target], dict[str, str]]:
-    """Sort every parameter into targets and skipped ones, and account for every rule."""
-    targets: dict[str, Target] = {}
-    skipped: dict[str, str] = {}
-    problems: list[str] = []
-    tallies = [_Tally.of(k, rule, config) for k, rule in enumerate(config.rules)]
-    unmatched = dict(enumerate(config.exclude))
-    adaptable = 0
-    for path, leaf in leaves.items():
-        layout, obstacle = _layout_of(leaf, uses[path])
-        adaptable += layout is not None
-        excluded = [k for k, pattern in enumerate(config.exclude) if path_matches(pattern, path)]
-        for k in excluded:
-            unmatched.pop(k, None)
-        # Why the rules that follow have no say.
-        settled = f"excluded by {config.exclude[excluded[0]]}" if excluded else ""
-        reason = settled or obstacle or _unmatched(config, uses[path])
-        for tally in tallies:
-            if not _matches(tally.rule, path, leaf, layout, uses[path]):
-                continue
-            outside = tally.outside(path)
-            tally.lost[path] = outside or settled
-            if settled:
-                continue
-            stacked = layout.stack_axes if layout and tally.rule.layer(path) is None else ()
-            if outside and not stacked:
-                reason = obstacle or "outside the layers of the targets that match it"
-                continue
-            settled, tally.lost[path] = f"taken by {tally.label}", ""
-            if outside:
-                problems.append(
-                    f"{path}: {tally.label} cannot take some of its layers, as they are stacked "
-                    f"in one parameter of shape {list(leaf.shape)}; leave out layers="
-                )
-            elif layout is None:
-                problems.append(f"{path}: matched by {tally.rule.name!r} but {obstacle}")
-            else:
-                targets[path] = tally.target(path, layout, uses[path])
-        if path not in targets:
-            skipped[path] = reason
-    dead = [problem for tally in tallies if (problem := tally.problem(leaves, adaptable))]
-    for k, pattern in unmatched.items():
-        near = near_misses(pattern, leaves)
-        dead.append(f"exclude[{k}] {pattern!r} matches no parameter ({near})")
-    if not adaptable:
-        reasons = [f"{path}: {reason}" for path, reason in skipped.items()]
-        dead += reasons or ["the first argument has no arrays in it, or is no registered pytree"]
-    ranks = _rank_problems(tallies)
-    if dead or problems:
-        raise TargetError(
-            "expected every target and exclusion to match parameters that can be adapted and that "
-            "no earlier one takes; correct or exclude:\n  " + "\n  ".join(dead + problems + ranks)
-        )
-    if ranks:
-        raise ConfigError("\n  ".join(ranks))
-    return targets, skipped
-
-
-@dataclasses.dataclass
-class _Tally:
-    """What became of the parameters that a rule matches.
-
-    Attributes:
-        rule: The rule.
-        label: The rule and its place.
-        settings: What it does to its targets.
-        targets: Its targets.
-        lost: Of every parameter that it matches, why it does not decide about it; empty if it does.
-    """
-
-    rule: Rule
-    label: str
-    settings: LoraConfig
-    targets: list[Target] = dataclasses.field(default_factory=list)
-    lost: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, place: int, rule: Rule, config: LoraConfig) -> _Tally:
-        settings = dataclasses.replace(config, **rule.overrides)
-        return cls(rule, f"targets[{place}] {rule.name!r}", settings)
-
-    def target(self, path: str, layout: Layout, uses: tuple[Use, ...]) -> Target:
-        """One more target."""
-        names = ("rank", "alpha", "scale", "init", "dtype")
-        settings = {name: getattr(self.settings, name) for name in names}
-        self.targets.append(Target(path, layout, self.rule.name, uses, **settings))
-        return self.targets[-1]
-
-    def outside(self, path: str) -> str:
-        """Where a parameter is, if not in the rule's layers."""
-        layer = self.rule.layer(path)
-        if self.rule.layers is None or layer in self.rule.layers:
-            return ""
-        return "in no layer" if layer is None else f"in layer {layer}"
-
-    def problem(self, leaves: Iterable[str], adaptable: int) -> str:
-        """What is wrong with the rule; empty if nothing is."""
-        if not self.lost and self.rule.by_path:
-            near = near_misses(str(self.rule.match), (*leaves, ALL_LINEAR))
-            return f"{self.label} matches no parameter ({near})"
-        if not self.lost:
-            return f"{self.label} matches none of the {adaptable} parameters that can be adapted"
-        layers = [layer for p in self.lost if (layer := self.rule.layer(p)) is not None]
-        missing = set(self.rule.layers or ()) - set(layers)
-        if missing and layers:
-            return f"{self.label} matches layers {spans(layers)}, and none of {spans(missing)}"
-        if not all(self.lost.values()):
-            return ""
-        paths = [f"{path!r} is {why}" for path, why in self.lost.items()]
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        return f"{self.label} decides nothing: {', '.join(paths[:3])}{more}"
-
-
-def _matches(
-    rule: Rule, path: str, leaf: Any, layout: Layout | None, uses: tuple[Use, ...]
-) -> bool:
-    """Whether a rule matches a parameter, of whatever layer."""
-    if isinstance(rule.match, str) and rule.by_path:
-        return path_matches(rule.match, path)
-    if layout is None:
-        return False  # what does not name a parameter chooses among those that can be adapted
-    if isinstance(rule.match, str):
-        return _is_linear(uses)
-    try:
-        return bool(rule.match(path, tuple(leaf.shape), uses))
-    except Exception as error:
-        error.add_note(f"raised by the {rule.name} for {path}")
-        raise
-
-
-def _is_linear(uses: tuple[Use, ...]) -> bool:
-    """Whether all uses as a matrix are those of a linear layer, not a convolution or a lookup."""
-    return {MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES} == {"linear"}
-
-
-def _unmatched(config: LoraConfig, uses: tuple[Use, ...]) -> str:
-    """Why no rule takes a parameter that could be adapted."""
-    if all(rule.match != ALL_LINEAR for rule in config.rules):
-        return "no target matches it"
-    kinds = dict.fromkeys(MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES)
-    return f"used as {' and '.join(kinds)}, and {ALL_LINEAR!r} adapts linear layers alone"
-
-
-def _rank_problems(tallies: list[_Tally]) -> list[str]:
-    """Ranks above min(in, out) of every weight they are for: a rule's own, and the config's."""
-    found = {t.label + ": ": t.targets for t in tallies if t.rule.rank is not None}
-    found[""] = [target for t in tallies if t.rule.rank is None for target in t.targets]
-    problems = []
-    for label, targets in found.items():
-        largest = max((target.largest_rank for target in targets), default=0)
-        if targets and targets[0].rank > largest:
-            problems.append(
-                f"{label}expected a rank of at most {largest}, the largest min(in, out) of the "
-                "adapted weights, above which a rank only repeats itself; "
-                f"got rank={targets[0].rank}"
-            )
-    return problems
-
-
-def _layout_of(leaf: Any, uses: tuple[Use, ...]) -> tuple[Layout | None, str]:
-    """The layout of a parameter's first use as a matrix, or why there is none."""
-    if not uses:
-        return None, "the function never uses it"
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return None, f"its dtype is {leaf.dtype}, not floating-point"
-    for use in uses:
-        layout = use.layout(tuple(leaf.shape))
-        if layout is not None:
-            return layout, ""
-    names = ", ".join(dict.fromkeys(use.primitive for use in uses))
-    return None, f"used by {names}, not as a matrix"
-
-
 def _with_materialized(
     planned: Plan, fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Any
 ) -> Plan:
     """The plan with the places noted at which a weight cannot stay factored."""
     interpreter = Interpreter()
-    adapter = jax.eval_shape(lambda: init(jax.random.key(0), params, planned))
+    leaves_of = leaves_by_path(params)
+    weights = {path: leaves_of[path] for path in planned.targets}
+    adapter = jax.eval_shape(lambda w: _fresh(jax.random.key(0), w, planned), weights)
 
     # Leaves that are not arrays have to reach the function as they are, so only arrays are traced.
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
@@ -445,14 +247,15 @@ def _with_materialized(
         path: dataclasses.replace(target, materialized=tuple(formed.get(path, ())))
         for path, target in planned.targets.items()
     }
-    return dataclasses.replace(planned, targets=targets)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adapter))
+    return dataclasses.replace(planned, targets=targets, adapter_bytes=size)
 
 
 def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
-    """A fresh adapter: ``a`` random, ``b`` zero, so that the adapted model is the base model.
+    """A fresh adapter, with which the adapted model is the base model.
 
-    Each ``a`` is drawn from a key folded with its parameter's path: adding a layer to the model
-    never changes the initialisation of another.
+    What is random of an entry is drawn from a key folded with its parameter's path: adding a layer
+    to the model never changes the initialisation of another.
 
     Args:
         key: A JAX PRNG key.
@@ -460,29 +263,26 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
         plan: The plan.
 
     Returns:
-        The adapter, with ``a: [*stack, *in, r]`` and ``b: [*stack, r, *out]`` of each target's
-        rank and dtype, and a float32 ``scale``.
+        The adapter: for each target what its variant has, in LoRA ``a: [*stack, *in, r]`` and
+        ``b: [*stack, r, *out]`` of the target's rank and dtype, and a float32 ``scale``.
 
     Raises:
         AdapterError: The parameters are not those of the plan.
     """
     expect_type("a plan", plan, Plan)
     leaves = leaves_by_path(params)
-    entries: dict[str, LoraFactors] = {}
     problems = []
     for path, target in plan.targets.items():
-        layout = target.layout
-        if path not in leaves or tuple(leaves[path].shape) != layout.shape:
+        if path not in leaves or tuple(leaves[path].shape) != target.shape:
             found = tuple(leaves[path].shape) if path in leaves else near_misses(path, leaves)
-            problems.append(f"{path}: expected shape {layout.shape}, found {found}")
-            continue
-        a = INITIALIZERS[target.init](param_key(key, path), layout, target.rank)
-        entries[path] = LoraFactors(
-            a=a.astype(target.dtype),
-            b=jnp.zeros(layout.b_shape(target.rank), target.dtype),
-            scale=jnp.asarray(target.scale, jnp.float32),
-            layout=layout,
-        )
+            problems.append(f"{path}: expected shape {target.shape}, found {found}")
     if problems:
         raise AdapterError("these are not the planned parameters:\n  " + "\n  ".join(problems))
+    return _fresh(key, {path: leaves[path] for path in plan.targets}, plan)
+
+
+def _fresh(key: jax.Array, weights: Mapping[str, Any], plan: Plan) -> Adapter:
+    entries: dict[str, Entry] = {}
+    for path, target in plan.targets.items():
+        entries[path] = target.entry.create(param_key(key, path), weights[path], target.settings)
     return Adapter(entries)

@@ -15,7 +15,9 @@ from jax_lora.errors import ConfigError, TargetError, near_misses
 from jax_lora.tables import spans
 
 Scaling = Literal["standard", "rslora", "alpha"]
-Init = Literal["kaiming", "gaussian", "article"]
+Init = Literal["kaiming", "gaussian", "article", "orthogonal", "pissa", "olora"]
+#: What a parameter can become, apart from rows of it that are trained; see `jax_lora.variants`.
+Variant = Literal["lora", "lora-fa", "dora", "vera", "loha", "lokr", "full"]
 #: Of a parameter's path, its shape, and the function's uses of it.
 Predicate = Callable[[str, tuple[int, ...], tuple[Any, ...]], bool]
 
@@ -73,8 +75,13 @@ class Rule:
         rank: The rank r of the update.
         alpha: The strength of the update.
         scaling: What multiplies ``a b``, as in `LoraConfig`.
-        init: How ``a`` starts, as in `LoraConfig`.
-        dtype: The dtype of ``a`` and ``b``.
+        init: How the factors start, as in `LoraConfig`.
+        dtype: The dtype of what is trained.
+        variant: What kind of update it is, as in `LoraConfig`. With ``"full"`` a glob or a regular
+            expression may name any parameter: a bias, a norm, a head.
+        dropout: The probability of dropout of the update's input, as in `LoraConfig`.
+        rows: The rows that are trained, whole, and nothing else of the parameter, such as those of
+            new tokens in an embedding.
 
     Raises:
         ConfigError: Names every value that cannot mean anything.
@@ -112,6 +119,9 @@ class Rule:
     scaling: Scaling | None = None
     init: Init | None = None
     dtype: str | None = None
+    variant: Variant | None = None
+    dropout: float | None = None
+    rows: tuple[int, ...] | range | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -131,6 +141,20 @@ class Rule:
                 )
             else:
                 object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        if self.rows is not None:
+            known = isinstance(self.rows, (range, tuple, list)) and len(self.rows) > 0
+            if not known or any(type(k) is not int or k < 0 for k in self.rows):
+                problems.append(
+                    "expected rows to be numbers from 0 such as range(6) or (0, 5), got "
+                    f"rows={self.rows!r}"
+                )
+            else:
+                object.__setattr__(self, "rows", tuple(sorted(set(self.rows))))
+            if self.variant is not None:
+                problems.append(
+                    f"expected rows or a variant, got both: rows={self.rows!r} are trained whole, "
+                    f"variant={self.variant!r} is about the parameter"
+                )
         for name, value in plain_values(self.overrides).items():
             object.__setattr__(self, name, value)
         problems += value_problems(self.overrides)
@@ -180,8 +204,9 @@ class Rule:
         match: Any = self.match
         if not isinstance(match, str):
             match = {"predicate": _name(match, qualified=True)}
-        layers = {} if self.layers is None else {"layers": list(self.layers)}
-        return {"match": match, **layers, **self.overrides}
+        lists = {name: getattr(self, name) for name in ("layers", "rows")}
+        kept = {name: list(value) for name, value in lists.items() if value is not None}
+        return {"match": match, **kept, **self.overrides}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rule:
@@ -198,7 +223,7 @@ class Rule:
 
 
 #: What a configuration sets for all targets and a rule for its own.
-SETTINGS = ("rank", "alpha", "scaling", "init", "dtype")
+SETTINGS = ("rank", "alpha", "scaling", "init", "dtype", "variant", "dropout")
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +234,7 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
             return value
         if name == "rank" and isinstance(value, numbers.Integral):
             return int(value)
-        if name == "alpha" and isinstance(value, numbers.Real):
+        if name in ("alpha", "dropout") and isinstance(value, numbers.Real):
             try:
                 return float(value)
             except OverflowError:
@@ -238,12 +263,18 @@ def value_problems(values: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"expected alpha to be a finite number that float32 can hold, got alpha={alpha!r}"
             )
-    for name, choices in (("scaling", get_args(Scaling)), ("init", get_args(Init))):
+    for name, kind in (("scaling", Scaling), ("init", Init), ("variant", Variant)):
+        choices = get_args(kind)
         if name in values and values[name] not in choices:
             problems.append(
                 f"expected {name} to be one of {', '.join(choices)}; got {values[name]!r} "
                 f"({near_misses(str(values[name]), choices)})"
             )
+    if "dropout" in values:
+        rate = values["dropout"]
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not number or not 0 <= rate < 1:
+            problems.append(f"expected dropout to be a probability in [0, 1), got dropout={rate!r}")
     if "dtype" in values and values["dtype"] not in (
         "float64",
         "float32",

@@ -12,7 +12,6 @@ import numpy as np
 
 from jax_lora.adapter import Adapter, check_fits, leaves_by_path
 from jax_lora.interpreter import Interpreter
-from jax_lora.virtual import virtual_weight
 
 
 def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
@@ -93,7 +92,7 @@ def interpret(
     # The parameters are the first leaves, in the order of their paths.
     for index, path in enumerate(leaves_by_path(params)):
         if path in adapter:
-            leaves[index] = virtual_weight(leaves[index], adapter[path], path)
+            leaves[index] = adapter[path].virtual(leaves[index], path)
     outs = interpreter.run(traced.jaxpr, traced.consts, [leaves[i] for i in traced.array_leaves])
     return traced.rebuild([interpreter.materialize(out, "function output") for out in outs])
 

@@ -1,16 +1,16 @@
-"""The labelled factored weight that stands for ``W + scale * a b`` during interpretation."""
+"""The labelled factored weight that stands for an adapted parameter during interpretation."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_letters
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import RANK, LoraFactors
+from jax_lora.adapter import RANK, Layout
 
 
 def wider(one: Any, other: Any) -> Any:
@@ -22,7 +22,7 @@ def wider(one: Any, other: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraWeight:
-    """A weight that is never formed: ``W + scale * a b``, with every factor axis labelled.
+    """A weight that is never formed: ``W * gain + scale * a b``, with every factor axis labelled.
 
     ``a_axes[k]`` is the axis of the virtual weight that axis ``k`` of ``a`` is, or ``RANK``.
     Structural operations act on ``w`` and on the factor axes they concern, and relabel; the order
@@ -36,6 +36,10 @@ class LoraWeight:
         a_axes: Labels of ``a``'s axes (static).
         b_axes: Labels of ``b``'s axes (static).
         path: The parameter's path, for reports and errors (static).
+        gain: What multiplies ``w``, one number for each output, or None for 1. Like the factors it
+            has an axis labelled ``RANK``, of size 1.
+        gain_axes: Labels of ``gain``'s axes (static).
+        drop: Dropout of the input of ``scale * a b``, or None for none.
     """
 
     w: jax.Array
@@ -45,6 +49,9 @@ class LoraWeight:
     a_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     b_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    gain: jax.Array | None = None
+    gain_axes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    drop: Drop | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,12 +72,33 @@ class LoraWeight:
         """Both factors with their labels."""
         return ((self.a, self.a_axes), (self.b, self.b_axes))
 
-    def map_factors(
+    def parts(self) -> dict[str, tuple[jax.Array, tuple[int, ...]]]:
+        """All labelled arrays: the factors, and gain and dropout keys where there are any."""
+        parts = {"a": (self.a, self.a_axes), "b": (self.b, self.b_axes)}
+        if self.gain is not None:
+            parts["gain"] = (self.gain, self.gain_axes)
+        if self.drop is not None:
+            parts["drop"] = (self.drop.key_data, self.drop.axes)
+        return parts
+
+    def with_parts(
+        self, w: jax.Array, parts: Mapping[str, tuple[jax.Array, Sequence[int]]], **changes: Any
+    ) -> LoraWeight:
+        """The weight with ``w`` and the labelled arrays replaced, those of `parts`."""
+        new: dict[str, Any] = {"w": w, **changes}
+        for name, (array, axes) in parts.items():
+            if name == "drop":
+                assert self.drop is not None
+                new[name] = dataclasses.replace(self.drop, key_data=array, axes=tuple(axes))
+            else:
+                new |= {name: array, f"{name}_axes": tuple(axes)}
+        return dataclasses.replace(self, **new)
+
+    def map_parts(
         self, w: jax.Array, fun: Callable[[jax.Array, tuple[int, ...]], tuple[jax.Array, Any]]
     ) -> LoraWeight:
-        """The weight with ``w`` replaced and ``fun(factor, labels)`` for each factor."""
-        (a, a_axes), (b, b_axes) = (fun(f, axes) for f, axes in self.factors())
-        return dataclasses.replace(self, w=w, a=a, b=b, a_axes=tuple(a_axes), b_axes=tuple(b_axes))
+        """The weight with ``w`` replaced and ``fun(array, labels)`` for each labelled array."""
+        return self.with_parts(w, {name: fun(*part) for name, part in self.parts().items()})
 
     def delta(self) -> jax.Array:
         """``scale * a b`` in the factors' dtype, of size 1 along axes that neither factor has."""
@@ -86,13 +114,64 @@ class LoraWeight:
         return delta.reshape([n if i in held else 1 for i, n in enumerate(self.shape)])
 
     def materialize(self) -> jax.Array:
-        """``W + scale * a b`` as an ordinary array of ``W``'s dtype, summed in the wider dtype."""
+        """``W * gain + scale * a b`` as an array of ``W``'s dtype, summed in the wider dtype."""
         wide = wider(self.w.dtype, self.a.dtype)
-        return (self.w.astype(wide) + self.delta().astype(wide)).astype(self.w.dtype)
+        w = self.w.astype(wide)
+        if self.gain is not None:
+            w = aligned(self.gain.astype(wide), self.gain_axes, range(self.ndim)) * w
+        return (w + self.delta().astype(wide)).astype(self.w.dtype)
 
 
-def virtual_weight(w: jax.Array, factors: LoraFactors, path: str) -> LoraWeight:
-    """The virtual weight of a parameter and its adapter entry."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Dropout of the input of a weight's update.
+
+    Attributes:
+        key_data: The words of one PRNG key for each matrix of the stack; their axis is labelled
+            ``RANK``.
+        axes: Labels of ``key_data``'s axes (static).
+        rate: The probability of an input to be dropped (static).
+        impl: The name of the keys' implementation (static).
+    """
+
+    key_data: jax.Array
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    rate: float = dataclasses.field(metadata={"static": True})
+    impl: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: jax.Array, use: int) -> jax.Array:
+        """``x`` with each element 0 with probability ``rate``, and divided by ``1 - rate`` else."""
+        words = jnp.moveaxis(self.key_data, self.axes.index(RANK), -1)
+        words = words.reshape(-1, words.shape[-1])[0]
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl=self.impl), use)
+        kept = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros_like(x))
+
+
+def aligned(array: jax.Array, labels: Sequence[int], axes: Sequence[int]) -> jax.Array:
+    """``array`` with its axes in the order of ``axes``, and of size 1 where it has none.
+
+    Its axis labelled ``RANK``, if there is one, has the size 1 and goes.
+    """
+    order = [labels.index(i) for i in axes if i in labels]
+    gone = [k for k in range(len(labels)) if k not in order]
+    moved = jnp.transpose(array, (*order, *gone))
+    return moved.reshape([array.shape[labels.index(i)] if i in labels else 1 for i in axes])
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An update as one product: ``a: [*stack, *in, k]``, ``b: [*stack, k, *out]``, its scale."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    layout: Layout
+
+
+def virtual_weight(w: jax.Array, factors: Product | Any, path: str) -> LoraWeight:
+    """The virtual weight ``W + scale * a b`` of a parameter and what has factors and a layout."""
     layout = factors.layout
     return LoraWeight(
         w, factors.a, factors.b, factors.scale, layout.a_axes, layout.b_axes, path=path

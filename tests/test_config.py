@@ -32,6 +32,12 @@ import jax_lora as jl
         ("scaling", None, "scaling to be one of standard, rslora, alpha"),
         ("init", "kaimin", "init to be one of kaiming, gaussian, article"),
         ("init", 3, "init to be one of kaiming, gaussian, article"),
+        ("variant", "loar", "variant to be one of lora, lora-fa, dora, vera, loha, lokr, full"),
+        ("variant", "rows", "variant to be one of lora, lora-fa, dora, vera, loha, lokr, full"),
+        ("dropout", 1.0, "dropout to be a probability in [0, 1)"),
+        ("dropout", -0.1, "dropout to be a probability in [0, 1)"),
+        ("dropout", math.nan, "dropout to be a probability in [0, 1)"),
+        ("dropout", True, "dropout to be a probability in [0, 1)"),
         ("dtype", "int8", "a floating-point dtype"),
         ("dtype", "float23", "a floating-point dtype"),
         ("targets", ("**/kernel", ""), "targets to be globs"),
@@ -117,6 +123,8 @@ def test_json_round_trip() -> None:
         scaling="rslora",
         init="gaussian",
         dtype="bfloat16",
+        variant="dora",
+        dropout=0.25,
     )
     # Every field differs from its default, so that none can be forgotten unseen.
     for field in dataclasses.fields(config):
@@ -128,7 +136,7 @@ def test_json_round_trip() -> None:
 
 
 def test_json_of_a_config_without_rules_is_what_it_was() -> None:
-    """What released checkpoints hold."""
+    """What released checkpoints hold; later fields have their defaults."""
     golden = {
         "rank": 2,
         "alpha": 0.1,
@@ -139,7 +147,7 @@ def test_json_of_a_config_without_rules_is_what_it_was() -> None:
         "dtype": "float32",
     }
     config = jl.LoraConfig(rank=2, alpha=0.1, targets="**/kernel", exclude="x/**", init="article")  # type: ignore[arg-type]
-    assert config.to_json() == golden
+    assert config.to_json() == golden | {"variant": "lora", "dropout": 0.0}
     assert jl.LoraConfig.from_json(golden) == config
 
 
@@ -175,8 +183,8 @@ def test_unknown_fields_are_named() -> None:
         jl.LoraConfig.from_json({"r": 8, "rank": 8, "lr": 0.1})
     with pytest.raises(jl.ConfigError, match="rank of at least 1"):
         jl.LoraConfig.from_json({"rank": 0})
-    with pytest.raises(jl.ConfigError, match=r"expected the fields alpha, .*; got also dropout"):
-        jl.LoraConfig.from_json({"targets": [{"match": "**", "dropout": 0.1}]})
+    with pytest.raises(jl.ConfigError, match=r"expected the fields alpha, .*; got also drop"):
+        jl.LoraConfig.from_json({"targets": [{"match": "**", "drop": 0.1}]})
     with pytest.raises(jl.ConfigError, match=r"expected match to be a glob.* got match=None"):
         jl.LoraConfig.from_json({"targets": [{"rank": 2}]})
     with pytest.raises(jl.ConfigError, match="targets to be globs"):

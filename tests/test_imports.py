@@ -22,10 +22,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors tables",
         "rules",
         "adapter config",
-        "virtual initializers",
+        "virtual",
         "interpreter lowrank",
-        "transform optim training io",
+        "initializers",
+        "variants",
+        "transform optim training io dropout",
         "discover algebra combine extract",
+        "selection",
         "plan summary",
     )
 )

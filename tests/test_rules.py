@@ -475,10 +475,14 @@ class _Named:
 
 
 def test_json_has_every_field_and_none_that_is_not_set() -> None:
-    rule = jl.Rule("**/q", range(2), 3, 0.5, "rslora", "gaussian", "bfloat16")
+    rule = jl.Rule("**/q", range(2), 3, 0.5, "rslora", "gaussian", "bfloat16", "dora", 0.25)
+    rows = jl.Rule("**/q", rows=(4, 2))
     data = rule.to_json()
-    assert set(data) == {field.name for field in dataclasses.fields(rule)}
+    # Rows and a variant exclude each other.
+    assert {*data, *rows.to_json()} == {field.name for field in dataclasses.fields(rule)}
     assert jl.Rule.from_json(json.loads(json.dumps(data))) == rule
+    assert jl.Rule.from_json(json.loads(json.dumps(rows.to_json()))) == rows
+    assert rows.rows == (2, 4)
     assert jl.Rule("**/q").to_json() == {"match": "**/q"}
     assert jl.Rule.from_json({"match": "**/q"}) == jl.Rule("**/q")
     assert hash(rule) == hash(jl.Rule.from_json(data))

@@ -45,7 +45,7 @@ def test_the_order_of_a_factor_s_axes_is_free(normal: Any, delta64: Any) -> None
     weight = virtual_weight(normal(*layout.shape), factors, "w")
     assert weight.a_axes == (0, 1, RANK)
     assert weight.b_axes == (0, RANK, 2)
-    shuffled = weight.map_factors(
+    shuffled = weight.map_parts(
         weight.w, lambda f, axes: (f.transpose(2, 0, 1), (axes[2], axes[0], axes[1]))
     )
     assert shuffled.a_axes == (RANK, 0, 1)

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
-from jax_lora.virtual import LoraWeight, wider
+from jax_lora.virtual import LoraWeight, aligned, wider
 
 _RANK_LETTER = "Z"
 #: What a convolution with another kernel has in common with the one it stands for.
@@ -130,6 +130,26 @@ def _distinct(entries: Iterable[Any]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def _gained(
+    array: jax.Array, array_letters: Sequence[str], weight: LoraWeight, letters: Sequence[str]
+) -> jax.Array:
+    """``array`` times the weight's gain along the axes with the same letters.
+
+    Raises:
+        Unfactorable: The array does not have all of the gain's axes.
+    """
+    if weight.gain is None:
+        return array
+    axes = [i for i in weight.gain_axes if i != RANK]
+    places = {array_letters.index(letters[i]): i for i in axes if letters[i] in array_letters}
+    if len(places) != len(axes):
+        raise Unfactorable
+    wide = wider(array.dtype, weight.gain.dtype)
+    order = [places.get(k, -2) for k in range(array.ndim)]
+    gain = aligned(weight.gain.astype(wide), weight.gain_axes, order)
+    return (array.astype(wide) * gain).astype(array.dtype)
+
+
 @rule("dot_general")
 def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if all(isinstance(v, LoraWeight) for v in values):
@@ -158,18 +178,25 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
                 operand[i] = next(free)
                 out_letters.append(operand[i])
 
+    gain = [letters[side][i] for i in weight.gain_axes if i != RANK]
+    gain_first = not set(gain) <= set(out_letters)
     plain = list(values)
     plain[side] = weight.w
+    if gain_first:
+        plain[1 - side] = _gained(x, letters[1 - side], weight, letters[side])
     (out,) = evaluate_one(eqn, plain)
+    sharding = _explicit_sharding(out)
+    if not gain_first:
+        out = _gained(out, out_letters, weight, letters[side])
     update = low_rank_einsum(
-        x,
+        interpreter.dropped(x, weight),
         letters[1 - side],
         weight,
         letters[side],
         out_letters,
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
-        out_sharding=_explicit_sharding(out),
+        out_sharding=sharding,
     )
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]
@@ -189,7 +216,16 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         raise Unfactorable
 
     (out,) = evaluate_one(eqn, [x, weight.w])
+    if weight.gain is not None:
+        if set(weight.gain_axes) != {out_axis, RANK}:
+            raise Unfactorable
+        names = ["" for _ in range(out.ndim)]
+        names[numbers.out_spec[1]] = "o"
+        out = _gained(
+            out, names, weight, ["o" if i == out_axis else "" for i in range(weight.ndim)]
+        )
     dtype = wider(x.dtype, weight.dtype)
+    x = interpreter.dropped(x, weight)
     # The first factor as a kernel whose out-features are the rank, once for each group.
     order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
     kernel = jnp.transpose(near[0].astype(dtype), order)
@@ -238,6 +274,15 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     (out,) = evaluate_one(eqn, [x, weight.w, *rest])
     dtype = wider(x.dtype, weight.dtype)
     (group_sizes,) = rest
+    if weight.gain is not None:
+        if set(weight.gain_axes) != {0, out_axis, RANK}:
+            raise Unfactorable
+        gain = aligned(weight.gain, weight.gain_axes, (0, out_axis))
+        rows = jnp.repeat(gain, group_sizes, axis=0, total_repeat_length=out.shape[0])
+        wide = wider(out.dtype, gain.dtype)
+        # Rows beyond the groups are zero in the base.
+        out = (out.astype(wide) * rows.astype(wide)).astype(out.dtype)
+    x = interpreter.dropped(x, weight)
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     a = jnp.transpose(near[0], [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
     b = jnp.transpose(far[0], [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)

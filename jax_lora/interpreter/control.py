@@ -76,21 +76,22 @@ def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 def _split_scanned(weight: LoraWeight) -> tuple[Any, Any]:
     """A stacked weight as ``(scanned, rebuild)``: arrays with the scanned axis first, and back.
 
-    A factor without axis 0 of the weight is the same for every step and stays a constant.
+    What has no axis 0 of the weight is the same for every step and stays a constant.
     """
     scanned: dict[str, Any] = {"w": weight.w}
-    constant: dict[str, Any] = {"scale": weight.scale}
+    constant: dict[str, Any] = {}
     labels: dict[str, tuple[int, ...]] = {}
-    for name, (factor, axes) in zip("ab", weight.factors(), strict=True):
+    for name, (part, axes) in weight.parts().items():
         if 0 in axes:
-            scanned[name] = jnp.moveaxis(factor, axes.index(0), 0)
+            scanned[name] = jnp.moveaxis(part, axes.index(0), 0)
         else:
-            constant[name] = factor
-        labels[f"{name}_axes"] = tuple(i if i == RANK else i - 1 for i in axes if i != 0)
+            constant[name] = part
+        labels[name] = tuple(i if i == RANK else i - 1 for i in axes if i != 0)
 
     def rebuild(step: dict[str, Any]) -> LoraWeight:
-        merged: dict[str, Any] = {**step, **constant, **labels}
-        return LoraWeight(**merged, path=weight.path)
+        arrays: dict[str, Any] = {**step, **constant}
+        parts = {name: (arrays[name], axes) for name, axes in labels.items()}
+        return weight.with_parts(arrays["w"], parts)
 
     return scanned, rebuild
 
@@ -119,7 +120,7 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         args = [*consts, *loop.full(state), *xs_now]
         outs = interpreter.run(jaxpr, jaxpr_consts, args)
         ys = outs[num_carry:]
-        stacked[:] = [_stack_labels(y) for y in ys]
+        stacked[:] = [_stacked(y) for y in ys]
         return loop.next(outs[:num_carry]), [_pack_output(y) for y in ys]
 
     options = {"_split_transpose": True} if params.get("_split_transpose") else {}
@@ -132,7 +133,7 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         unroll=params["unroll"],
         **options,
     )
-    outputs = [_unpack_output(y, labels) for y, labels in zip(ys, stacked, strict=True)]
+    outputs = [y if back is None else back(y) for y, back in zip(ys, stacked, strict=True)]
     return [*loop.full(state), *outputs]
 
 
@@ -140,26 +141,24 @@ def _pack_output(y: Any) -> Any:
     """A step's output as arrays; a weight's scale may differ from step to step, so b takes it."""
     if not isinstance(y, LoraWeight):
         return y
-    return y.w, y.a, y.b * y.scale.astype(y.b.dtype)
+    arrays = {name: part for name, (part, _) in y.parts().items()}
+    return arrays | {"w": y.w, "b": y.b * y.scale.astype(y.b.dtype)}
 
 
-def _stack_labels(y: Any) -> Any:
-    """The labels that a step's weight has once the steps are its first axis; None if it is none."""
+def _stacked(y: Any) -> Any:
+    """How a step's weight is made of the arrays of all steps; None if it is an array."""
     if not isinstance(y, LoraWeight):
         return None
+    labels = {
+        name: (0, *(i if i == RANK else i + 1 for i in axes))
+        for name, (_, axes) in y.parts().items()
+    }
 
-    def up(axes: tuple[int, ...]) -> tuple[int, ...]:
-        return 0, *(i if i == RANK else i + 1 for i in axes)
+    def rebuild(ys: dict[str, Any]) -> LoraWeight:
+        parts = {name: (ys[name], axes) for name, axes in labels.items()}
+        return y.with_parts(ys["w"], parts, scale=jnp.ones((), ys["b"].dtype))
 
-    return {"a_axes": up(y.a_axes), "b_axes": up(y.b_axes), "path": y.path}
-
-
-def _unpack_output(ys: Any, labels: Any) -> Any:
-    """The outputs of all steps: arrays, or a weight."""
-    if labels is None:
-        return ys
-    w, a, b = ys
-    return LoraWeight(w, a, b, jnp.ones((), b.dtype), **labels)
+    return rebuild
 
 
 class _Carry:
@@ -248,8 +247,8 @@ def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
         def of(labels: tuple[int, ...]) -> PartitionSpec:
             return PartitionSpec(*[None if i == RANK else axes[i] for i in labels])
 
-        parts: Any = {"w": spec, "a": of(value.a_axes), "b": of(value.b_axes), "scale": of(())}
-        return dataclasses.replace(value, **parts)
+        parts = {name: (of(labels), labels) for name, (_, labels) in value.parts().items()}
+        return value.with_parts(spec, parts, scale=of(()))  # type: ignore[arg-type]
 
     def run(*args: Any) -> tuple[Any, ...]:
         outs = interpreter.run(jaxpr, consts, args)

@@ -8,6 +8,7 @@ JAX's jaxpr data structures that the rules share.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -116,20 +117,35 @@ class Interpreter:
     def __init__(self, *, strict: bool = False):
         self.strict = strict
         self.events: list[Event] = []
+        self._uses: collections.Counter[str] = collections.Counter()
         self._jits: dict[Any, tuple[Any, Any]] = {}
 
     def factored(self, weight: LoraWeight, eqn: Any) -> None:
         """Record that a rule kept ``weight`` factored at ``eqn``."""
         self.events.append(Event(weight.path, eqn.primitive.name, factored=True))
 
+    def dropped(self, x: Any, weight: LoraWeight) -> Any:
+        """The input of a weight's update, with dropout if it has one: another mask at each use."""
+        if weight.drop is None:
+            return x
+        self._uses[weight.path] += 1
+        return weight.drop(x, self._uses[weight.path])
+
     def materialize(self, value: Any, primitive: str) -> Any:
         """The value as an ordinary array; an already ordinary value is returned as it is.
 
         Raises:
-            MaterializeError: The value is a virtual weight and the interpreter is strict.
+            MaterializeError: The value is a virtual weight and the interpreter is strict, or it
+                has dropout, which acts on the input of a factored product.
         """
         if not isinstance(value, LoraWeight):
             return value
+        if value.drop is not None:
+            raise MaterializeError(
+                f"{value.path}: the adapted weight reaches `{primitive}`, where W + scale*a*b is "
+                "formed; expected a factored product, whose input dropout can act on. Give this "
+                "parameter dropout 0, or exclude it from the adapter"
+            )
         if self.strict:
             raise MaterializeError(
                 f"{value.path}: the adapted weight reaches `{primitive}` with shape {value.shape}; "

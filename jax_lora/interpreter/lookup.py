@@ -89,7 +89,7 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         )
         return gathered, [*batch_axes, *(out_axis[i] for i in rest)]
 
-    looked_up = weight.map_factors(w, take)
+    looked_up = weight.map_parts(w, take)
     chosen = {*picked, *paired}
     stacked = all(
         chosen & set(axes) and set(axes) - {RANK, *chosen} for _, axes in weight.factors()
@@ -97,4 +97,5 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if stacked or is_strided_slice(eqn):
         return [looked_up]  # matrices picked from a stack, or a part of one: still a weight
     interpreter.factored(weight, eqn)
+    # No dropout: rows are chosen, there is no input to drop.
     return [looked_up.materialize()]

@@ -34,7 +34,7 @@ def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
     weight = only_first(values)
     moved = {old: new for new, old in enumerate(eqn.params["permutation"])} | {RANK: RANK}
     (w,) = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, lambda f, axes: (f, [moved[i] for i in axes]))]
+    return [weight.map_parts(w, lambda f, axes: (f, [moved[i] for i in axes]))]
 
 
 @rule("convert_element_type")
@@ -145,7 +145,7 @@ def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
         return jnp.transpose(factor, order).reshape(sizes), labels
 
     (w,) = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, reshape)]
+    return [weight.map_parts(w, reshape)]
 
 
 @rule("broadcast_in_dim")
@@ -157,7 +157,7 @@ def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
         raise Unfactorable  # an axis of size 1 that is repeated
     labels = dict(enumerate(moved)) | {RANK: RANK}
     (w,) = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, lambda f, axes: (f, [labels[i] for i in axes]))]
+    return [weight.map_parts(w, lambda f, axes: (f, [labels[i] for i in axes]))]
 
 
 @rule("slice")
@@ -173,7 +173,7 @@ def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return factor, axes
 
     (w,) = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, cut)]
+    return [weight.map_parts(w, cut)]
 
 
 @rule("dynamic_slice")
@@ -188,7 +188,7 @@ def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> lis
         return factor, axes
 
     (w,) = evaluate_one(eqn, [weight.w, *starts])
-    return [weight.map_factors(w, cut)]
+    return [weight.map_parts(w, cut)]
 
 
 @rule("split")
@@ -207,7 +207,7 @@ def _split(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return take
 
     ws = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, part(k)) for k, w in enumerate(ws)]
+    return [weight.map_parts(w, part(k)) for k, w in enumerate(ws)]
 
 
 @rule("rev")
@@ -218,7 +218,7 @@ def _rev(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return lax.rev(factor, [axes.index(i) for i in eqn.params["dimensions"] if i in axes]), axes
 
     (w,) = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, flip)]
+    return [weight.map_parts(w, flip)]
 
 
 @rule("add", "add_any", "sub")
@@ -228,7 +228,7 @@ def _add(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if isinstance(left, LoraWeight) == isinstance(right, LoraWeight):
         raise Unfactorable
     weight, term = (left, right) if isinstance(left, LoraWeight) else (right, left)
-    if jnp.shape(term) != weight.shape:
+    if jnp.shape(term) != weight.shape or weight.gain is not None:
         raise Unfactorable
     (w,) = evaluate_one(eqn, [v.w if isinstance(v, LoraWeight) else v for v in values])
     negative = eqn.primitive.name == "sub" and weight is right
@@ -242,7 +242,7 @@ def _all_gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     names, gathered = params["axis_name"], params["all_gather_dimension"]
     if not params["tiled"]:
         raise Unfactorable
-    constant = [f for f, axes in weight.factors() if gathered not in axes]
+    constant = [f for f, axes in weight.parts().values() if gathered not in axes]
     if any(set(names) & set(_varying(f)) for f in (*constant, weight.scale)):
         raise Unfactorable  # each device has a factor of its own for its part
 
@@ -253,7 +253,7 @@ def _all_gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
         return factor, axes
 
     (w,) = evaluate_one(eqn, [weight.w])
-    return [weight.map_factors(w, gather)]
+    return [weight.map_parts(w, gather)]
 
 
 def _varying(array: jax.Array) -> Iterable[str]:

@@ -33,12 +33,14 @@ except ModuleNotFoundError as error:  # pragma: no cover - it is a dependency of
         "checkpoints need orbax: pip install orbax-checkpoint", name=error.name
     ) from error
 
-from jax_lora.adapter import Adapter, Layout, LoraFactors, check_fits, leaves_by_path
+from jax_lora.adapter import Adapter, Layout, Variant, check_fits, leaves_by_path
 from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, expect_type
+from jax_lora.variants import VARIANTS
 
 _ADAPTER, _PARAMS = "jax_lora.adapter", "jax_lora.params"
-_VERSION = 1
+#: Version 1 knew LoRA alone, and had a layout for each entry where version 2 has static fields.
+_VERSION, _READABLE = 2, (1, 2)
 
 
 def save_params(folder: str | Path, params: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -76,8 +78,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter, and nothing but the adapter, as an orbax checkpoint.
 
-    The ``arrays`` item is ``{path: {"a": ..., "b": ..., "scale": ...}}``; the ``config`` item holds
-    each path's layout, and the configuration if there is one.
+    The ``arrays`` item is ``{path: {"a": ..., "b": ..., "scale": ...}}``, or what other arrays the
+    variant has; the ``config`` item holds each path's variant and layout, and the configuration if
+    there is one.
 
     Args:
         folder: The checkpoint: a folder that does not exist yet, or is empty.
@@ -89,11 +92,17 @@ def save_adapter(
         CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
     """
     expect_type("an adapter", adapter, Adapter)
-    arrays = {path: {"a": f.a, "b": f.b, "scale": f.scale} for path, f in adapter.items()}
+    odd = [path for path, entry in adapter.items() if not isinstance(entry, Variant)]
+    if odd:
+        raise CheckpointError(
+            f"{folder}: expected the adapter itself, got one for a single call, such as with "
+            f"dropout: {', '.join(odd)}"
+        )
+    arrays = {path: entry.arrays() for path, entry in adapter.items()}
     document = {
         "format": _ADAPTER,
         "lora": config.to_json() if config else None,
-        "layouts": {path: dataclasses.asdict(f.layout) for path, f in adapter.items()},
+        "entries": {path: _static(entry) for path, entry in adapter.items()},
         "metadata": dict(metadata or {}),
     }
     _save(folder, arrays, document)
@@ -116,15 +125,33 @@ def load_adapter(
         AdapterError: The adapter does not fit ``params``.
     """
     arrays, document = _load(folder, _ADAPTER)
-    entries = {}
-    for path, roles in document["layouts"].items():
-        layout = Layout(**{name: tuple(axes) for name, axes in roles.items()})
-        entries[path] = LoraFactors(**arrays[path], layout=layout)
+    if document["version"] == 1:
+        static = {path: {"layout": layout} for path, layout in document["layouts"].items()}
+        document["entries"] = {path: {"variant": "lora", **s} for path, s in static.items()}
+    entries = {path: _entry(arrays[path], kept) for path, kept in document["entries"].items()}
     adapter = Adapter(entries)
     config = LoraConfig.from_json(document["lora"]) if document["lora"] else None
     if params is not None:
         check_fits(params, adapter)
     return adapter, config, document["metadata"]
+
+
+def _static(entry: Any) -> dict[str, Any]:
+    """What is not an array of an entry, as JSON-able data."""
+    fields = [f.name for f in dataclasses.fields(entry) if f.metadata.get("static")]
+    values = {name: getattr(entry, name) for name in fields}
+    plain = {n: dataclasses.asdict(x) if isinstance(x, Layout) else x for n, x in values.items()}
+    return {"variant": entry.NAME, **plain}
+
+
+def _entry(arrays: dict[str, Any], kept: dict[str, Any]) -> Variant:
+    """The entry of these arrays and of what `_static` kept."""
+    static = {name: x for name, x in kept.items() if name != "variant"}
+    if "layout" in static:
+        layout = static["layout"]
+        static["layout"] = Layout(**{name: tuple(axes) for name, axes in layout.items()})
+    static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
+    return VARIANTS[kept["variant"]](**arrays, **static)
 
 
 def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:
@@ -219,10 +246,10 @@ def _load(folder: str | Path, expected: str) -> tuple[Any, dict[str, Any]]:
     if document["format"] != expected:
         found = document["format"]
         raise CheckpointError(f"{folder}: expected the format {expected!r}, found {found!r}")
-    if document["version"] != _VERSION:
+    if document["version"] not in _READABLE:
         raise CheckpointError(
-            f"{folder}: expected format version {_VERSION}, found {document['version']!r}; "
-            "a newer jax_lora may have written it"
+            f"{folder}: expected format version {_VERSION} or older, found "
+            f"{document['version']!r}; a newer jax_lora may have written it"
         )
     arrays = _guarded(folder, "arrays", lambda: _restore_arrays(path))
     written, read = document["arrays"], _describe(arrays)

@@ -155,7 +155,8 @@ class TestWhatIsOnDisk:
         )
         config = json.loads((tmp_path / "adapter" / "config" / "metadata").read_text())
         assert config["lora"] == CONFIG.to_json()
-        assert config["layouts"]["params/stack/kernel"]["stack_axes"] == [0]
+        kept = config["entries"]["params/stack/kernel"]
+        assert (kept["variant"], kept["layout"]["stack_axes"]) == ("lora", [0])
 
 
 class TestRefusals:
@@ -251,11 +252,11 @@ class TestRefusals:
 
     def test_a_newer_version(self, saved: Path) -> None:
         path = saved / "config" / "metadata"
-        document = json.loads(path.read_text()) | {"version": 2}
+        document = json.loads(path.read_text()) | {"version": 3}
         del document["crc32"]
         document["crc32"] = checksum(document)
         path.write_text(json.dumps(document))
-        with pytest.raises(jl.CheckpointError, match=r"version 1, found 2; a newer jax_lora"):
+        with pytest.raises(jl.CheckpointError, match=r"version 2 or older, found 3; a newer"):
             jl.io.load_adapter(saved)
 
     def test_params_that_the_adapter_does_not_fit(self, saved: Path, params: Any) -> None:
