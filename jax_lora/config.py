@@ -12,6 +12,7 @@ from jax_lora.rules import (
     ALL_LINEAR,
     SETTINGS,
     Init,
+    Mode,
     Rule,
     Scaling,
     Variant,
@@ -52,6 +53,8 @@ class LoraConfig:
             and ``"lokr"`` as a Hadamard and a Kronecker product, or ``"full"``, the parameter
             itself. Each is described, with its paper, in `jax_lora.variants`.
         dropout: The probability with which `jax_lora.dropout` drops each input of the update.
+        mode: What a product with an adapted weight does, for ``apply(fun, mode=plan.modes)``:
+            ``"factored"``, ``"materialize"``, or ``"auto"``; see `jax_lora.apply`.
 
     Raises:
         ConfigError: A value that cannot mean anything.
@@ -70,6 +73,7 @@ class LoraConfig:
     dtype: str = "float32"
     variant: Variant = "lora"
     dropout: float = 0.0
+    mode: Mode = "factored"
 
     def __post_init__(self) -> None:
         values = plain_values({name: getattr(self, name) for name in SETTINGS})

@@ -15,6 +15,7 @@ from jax_lora.discover import discover
 from jax_lora.errors import AdapterError, expect_type, near_misses
 from jax_lora.initializers import FROM_WEIGHT
 from jax_lora.interpreter import Interpreter
+from jax_lora.rules import Mode
 from jax_lora.selection import Target, select
 from jax_lora.tables import count, format_table, group_numbered
 from jax_lora.transform import interpret
@@ -52,6 +53,11 @@ class Plan:
     def trainable_params(self) -> int:
         """The number of trained elements."""
         return sum(self.trainable(path) for path in self.targets)
+
+    @property
+    def modes(self) -> dict[str, Mode]:
+        """The modes for `jax_lora.apply`, by path."""
+        return {path: target.mode for path, target in self.targets.items()}
 
     @property
     def dropout(self) -> dict[str, float]:
@@ -142,6 +148,10 @@ def _word(target: Target, name: str) -> str:
 def _note(target: Target) -> str:
     if target.materialized:
         return f"formed at {', '.join(target.materialized)}"
+    if target.decided:
+        return f"auto: {'; '.join(target.decided)}"
+    if target.mode == "materialize":
+        return "formed, as asked for"
     if target.entry.MAX_RANK and target.rank > target.largest_rank:
         return f"rank exceeds min(in, out) = {target.largest_rank}"
     return ""
@@ -224,7 +234,7 @@ def _with_materialized(
     planned: Plan, fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Any
 ) -> Plan:
     """The plan with the places noted at which a weight cannot stay factored."""
-    interpreter = Interpreter()
+    interpreter = Interpreter(modes=planned.modes)
     leaves_of = leaves_by_path(params)
     weights = {path: leaves_of[path] for path in planned.targets}
     adapter = jax.eval_shape(lambda w: _fresh(jax.random.key(0), w, planned), weights)
@@ -239,14 +249,16 @@ def _with_materialized(
         interpret(interpreter, fun, params, adapter, args, kwargs)
 
     jax.eval_shape(run, adapter, arrays)
-    formed: dict[str, dict[str, None]] = {}
-    for event in interpreter.events:
-        if not event.factored:
-            formed.setdefault(event.path, {})[event.primitive] = None
-    targets = {
-        path: dataclasses.replace(target, materialized=tuple(formed.get(path, ())))
-        for path, target in planned.targets.items()
-    }
+    targets = {}
+    for path, target in planned.targets.items():
+        events = [event for event in interpreter.events if event.path == path]
+        forced = [e.primitive for e in events if not e.factored and not e.decided]
+        decided = [e.decided for e in events if e.decided] if target.mode == "auto" else []
+        targets[path] = dataclasses.replace(
+            target,
+            materialized=tuple(dict.fromkeys(forced)),
+            decided=tuple(dict.fromkeys(decided)),
+        )
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(adapter))
     return dataclasses.replace(planned, targets=targets, adapter_bytes=size)
 

@@ -18,9 +18,12 @@ Scaling = Literal["standard", "rslora", "alpha"]
 Init = Literal["kaiming", "gaussian", "article", "orthogonal", "pissa", "olora"]
 #: What a parameter can become, apart from rows of it that are trained; see `jax_lora.variants`.
 Variant = Literal["lora", "lora-fa", "dora", "vera", "loha", "lokr", "full"]
+#: What a product with an adapted weight does; see `jax_lora.apply`.
+Mode = Literal["factored", "materialize", "auto"]
 #: Of a parameter's path, its shape, and the function's uses of it.
 Predicate = Callable[[str, tuple[int, ...], tuple[Any, ...]], bool]
 
+_CHOICES = (("scaling", Scaling), ("init", Init), ("variant", Variant), ("mode", Mode))
 _LARGEST_ALPHA = 3e38
 #: The preset that selects every weight that the function uses as a matrix.
 ALL_LINEAR = "all-linear"
@@ -80,6 +83,7 @@ class Rule:
         variant: What kind of update it is, as in `LoraConfig`. With ``"full"`` a glob or a regular
             expression may name any parameter: a bias, a norm, a head.
         dropout: The probability of dropout of the update's input, as in `LoraConfig`.
+        mode: What a product with the adapted weight does, as in `LoraConfig`.
         rows: The rows that are trained, whole, and nothing else of the parameter, such as those of
             new tokens in an embedding.
 
@@ -121,6 +125,7 @@ class Rule:
     dtype: str | None = None
     variant: Variant | None = None
     dropout: float | None = None
+    mode: Mode | None = None
     rows: tuple[int, ...] | range | None = None
 
     def __post_init__(self) -> None:
@@ -223,7 +228,7 @@ class Rule:
 
 
 #: What a configuration sets for all targets and a rule for its own.
-SETTINGS = ("rank", "alpha", "scaling", "init", "dtype", "variant", "dropout")
+SETTINGS = ("rank", "alpha", "scaling", "init", "dtype", "variant", "dropout", "mode")
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +268,7 @@ def value_problems(values: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"expected alpha to be a finite number that float32 can hold, got alpha={alpha!r}"
             )
-    for name, kind in (("scaling", Scaling), ("init", Init), ("variant", Variant)):
+    for name, kind in _CHOICES:
         choices = get_args(kind)
         if name in values and values[name] not in choices:
             problems.append(

@@ -18,7 +18,7 @@ from jax_lora.config import LoraConfig
 from jax_lora.discover import MATRIX_USES, Use, low_rank_multiply_adds
 from jax_lora.errors import ConfigError, TargetError, near_misses
 from jax_lora.initializers import FROM_WEIGHT
-from jax_lora.rules import ALL_LINEAR, Rule, path_matches
+from jax_lora.rules import ALL_LINEAR, Mode, Rule, path_matches
 from jax_lora.tables import spans
 from jax_lora.variants import VARIANTS
 
@@ -42,6 +42,8 @@ class Target:
         variant: What kind of update it is.
         dropout: The probability of dropout of its update's input.
         rows: The rows that are trained, if only these are.
+        mode: What a product with it does.
+        decided: What mode ``"auto"`` decides at each of its products.
         materialized: Primitives at which the adapted weight is formed because no rule keeps it
             factored there; empty if it is factored everywhere.
     """
@@ -59,6 +61,8 @@ class Target:
     variant: str = "lora"
     dropout: float = 0.0
     rows: tuple[int, ...] = ()
+    mode: Mode = "factored"
+    decided: tuple[str, ...] = ()
     materialized: tuple[str, ...] = ()
 
     @property
@@ -208,6 +212,7 @@ class _Tally:
                 dtype=settings.dtype,
                 variant=self.variant,
                 dropout=settings.dropout if low_rank else 0.0,
+                mode=settings.mode if low_rank else "factored",
                 rows=tuple(self.rule.rows or ()),
             )
         )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from jax_lora.adapter import Adapter, check_fits, leaves_by_path
+from jax_lora.errors import ConfigError, near_misses
 from jax_lora.interpreter import Interpreter
+from jax_lora.rules import Mode
 
 
-def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+def apply(
+    fun: Callable[..., Any], *, strict: bool = False, mode: Mode | Mapping[str, Mode] = "factored"
+) -> Callable[..., Any]:
     """Make ``fun(params, ...)`` take an adapter: ``adapted(params, adapter, ...)``.
 
     Each adapted weight acts as ``W + scale * a b`` without being formed: where the function
@@ -27,7 +31,13 @@ def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any
     Args:
         fun: A pure function whose first argument is a pytree of parameters, such as Flax's
             ``model.apply``. Its code is not touched.
-        strict: Refuse to form any adapted weight.
+        strict: Refuse to form any adapted weight that no rule can keep factored.
+        mode: What a product with an adapted weight does, for all or by path, such as
+            ``plan.modes``: ``"factored"`` never forms the weight where a rule can do without;
+            ``"materialize"`` forms it; ``"auto"`` takes what a training step does with fewer
+            operations and bytes, counted from the shapes when the function is traced, and
+            factored is that unless the rank is large. `plan` says what it decides. In low
+            precision ``W + scale * a b`` rounds a small update away, factored does not.
 
     Returns:
         A function ``(params, adapter, *args, **kwargs)`` with the outputs of ``fun``. It is
@@ -38,6 +48,7 @@ def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any
         AdapterError: From the returned function: an entry of the adapter has no parameter, or one
             of another shape.
         MaterializeError: From the returned function, under ``strict``.
+        ConfigError: An unknown mode, or a mapping with a path that is not adapted.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -53,10 +64,12 @@ def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any
     References:
         Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
+    _check_mode(mode)
 
     @functools.wraps(fun)
     def adapted(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
-        return interpret(Interpreter(strict=strict), fun, params, adapter, args, kwargs)
+        interpreter = Interpreter(strict=strict, modes=_modes(mode, adapter))
+        return interpret(interpreter, fun, params, adapter, args, kwargs)
 
     # Otherwise jax.jit would count and name the arguments by fun's signature, without the adapter.
     del adapted.__wrapped__
@@ -64,6 +77,25 @@ def apply(fun: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any
     if signature is not None:
         adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
+
+
+def _check_mode(mode: Any) -> None:
+    known = get_args(Mode)
+    for value in mode.values() if isinstance(mode, Mapping) else (mode,):
+        if value not in known:
+            raise ConfigError(
+                f"expected mode to be one of {', '.join(known)}, or one of them by path; got "
+                f"{value!r} ({near_misses(str(value), known)})"
+            )
+
+
+def _modes(mode: Any, adapter: Adapter) -> Mapping[str, str]:
+    if not isinstance(mode, Mapping):
+        return dict.fromkeys(adapter, mode) if isinstance(adapter, Adapter) else {}
+    unknown = [f"{path!r} ({near_misses(path, adapter)})" for path in mode if path not in adapter]
+    if unknown:
+        raise ConfigError(f"expected modes of adapted parameters, got others: {', '.join(unknown)}")
+    return mode
 
 
 def _signature_with_adapter(fun: Callable[..., Any]) -> inspect.Signature | None:

@@ -34,6 +34,7 @@ import jax_lora as jl
         ("init", 3, "init to be one of kaiming, gaussian, article"),
         ("variant", "loar", "variant to be one of lora, lora-fa, dora, vera, loha, lokr, full"),
         ("variant", "rows", "variant to be one of lora, lora-fa, dora, vera, loha, lokr, full"),
+        ("mode", "atuo", "mode to be one of factored, materialize, auto"),
         ("dropout", 1.0, "dropout to be a probability in [0, 1)"),
         ("dropout", -0.1, "dropout to be a probability in [0, 1)"),
         ("dropout", math.nan, "dropout to be a probability in [0, 1)"),
@@ -125,6 +126,7 @@ def test_json_round_trip() -> None:
         dtype="bfloat16",
         variant="dora",
         dropout=0.25,
+        mode="auto",
     )
     # Every field differs from its default, so that none can be forgotten unseen.
     for field in dataclasses.fields(config):
@@ -147,7 +149,7 @@ def test_json_of_a_config_without_rules_is_what_it_was() -> None:
         "dtype": "float32",
     }
     config = jl.LoraConfig(rank=2, alpha=0.1, targets="**/kernel", exclude="x/**", init="article")  # type: ignore[arg-type]
-    assert config.to_json() == golden | {"variant": "lora", "dropout": 0.0}
+    assert config.to_json() == golden | {"variant": "lora", "dropout": 0.0, "mode": "factored"}
     assert jl.LoraConfig.from_json(golden) == config
 
 

@@ -475,7 +475,7 @@ class _Named:
 
 
 def test_json_has_every_field_and_none_that_is_not_set() -> None:
-    rule = jl.Rule("**/q", range(2), 3, 0.5, "rslora", "gaussian", "bfloat16", "dora", 0.25)
+    rule = jl.Rule("**/q", range(2), 3, 0.5, "rslora", "gaussian", "bfloat16", "dora", 0.25, "auto")
     rows = jl.Rule("**/q", rows=(4, 2))
     data = rule.to_json()
     # Rows and a variant exclude each other.

@@ -7,6 +7,7 @@ shardings are part of the types, those of ``dot_general`` alone are named.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from string import ascii_letters
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
+from jax_lora.interpreter.cost import Product
 from jax_lora.virtual import LoraWeight, aligned, wider
 
 _RANK_LETTER = "Z"
@@ -130,6 +132,12 @@ def _distinct(entries: Iterable[Any]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def _product(x: jax.Array, weight: LoraWeight, *, stack: int, fan_in: int, fan_out: int) -> Product:
+    rank = weight.a.shape[weight.a_axes.index(RANK)]
+    rows = x.size // max(fan_in, 1)
+    return Product(x.size, rows, fan_in, fan_out, rank, stack, weight.dtype.itemsize)
+
+
 def _gained(
     array: jax.Array, array_letters: Sequence[str], weight: LoraWeight, letters: Sequence[str]
 ) -> jax.Array:
@@ -178,6 +186,17 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
                 operand[i] = next(free)
                 out_letters.append(operand[i])
 
+    stack, shared = (
+        math.prod(weight.shape[pairs[side][k]] for k in range(len(pairs[side])))
+        for pairs in (batch, contract)
+    )
+    fan_out = math.prod(weight.shape) // max(stack * shared, 1)
+    formed = interpreter.formed(
+        weight, eqn, values, _product(x, weight, stack=stack, fan_in=shared, fan_out=fan_out)
+    )
+    if formed is not None:
+        return formed
+
     gain = [letters[side][i] for i in weight.gain_axes if i != RANK]
     gain_first = not set(gain) <= set(out_letters)
     plain = list(values)
@@ -215,6 +234,14 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if set(near[1]) != {in_axis, *window, RANK} or set(far[1]) != {out_axis, RANK}:
         raise Unfactorable
 
+    fan_out = weight.shape[out_axis]
+    fan_in = math.prod(weight.shape) // max(fan_out, 1)
+    positions = math.prod(eqn.outvars[0].aval.shape) // max(fan_out, 1)
+    product = _product(x, weight, stack=1, fan_in=fan_in, fan_out=fan_out)
+    product = dataclasses.replace(product, rows=positions)
+    formed = interpreter.formed(weight, eqn, values, product)
+    if formed is not None:
+        return formed
     (out,) = evaluate_one(eqn, [x, weight.w])
     if weight.gain is not None:
         if set(weight.gain_axes) != {out_axis, RANK}:
@@ -271,6 +298,11 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     if set(near[1]) != {0, in_axis, RANK} or set(far[1]) != {0, out_axis, RANK}:
         raise Unfactorable
 
+    sizes = {"stack": weight.shape[0], "fan_in": weight.shape[in_axis]}
+    product = _product(x, weight, **sizes, fan_out=weight.shape[out_axis])
+    formed = interpreter.formed(weight, eqn, values, product)
+    if formed is not None:
+        return formed
     (out,) = evaluate_one(eqn, [x, weight.w, *rest])
     dtype = wider(x.dtype, weight.dtype)
     (group_sizes,) = rest

@@ -11,13 +11,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 
 from jax_lora.errors import MaterializeError
+from jax_lora.interpreter.cost import Product, verdict
 from jax_lora.virtual import LoraWeight
 
 
@@ -33,11 +34,14 @@ class Event:
         path: The parameter's path.
         primitive: The primitive's name.
         factored: Whether it stayed ``x W + scale (x a) b``; if not, ``W + scale a b`` was formed.
+        decided: What the mode ``"auto"`` found, or the mode that was asked for; empty if there was
+            nothing to decide.
     """
 
     path: str
     primitive: str
     factored: bool
+    decided: str = ""
 
 
 Rule = Callable[["Interpreter", Any, list[Any]], Sequence[Any]]
@@ -110,19 +114,55 @@ class Interpreter:
     """Evaluates jaxprs whose inputs may be `LoraWeight` values.
 
     Attributes:
-        strict: Refuse to materialise a weight.
+        strict: Refuse to materialise a weight that could not stay factored.
+        modes: By path, whether a product keeps the weight factored, forms it, or decides; what is
+            not named keeps it factored.
         events: What became of each weight at each primitive that consumed it, in trace order.
     """
 
-    def __init__(self, *, strict: bool = False):
+    def __init__(self, *, strict: bool = False, modes: Mapping[str, str] | None = None):
         self.strict = strict
+        self.modes = modes or {}
         self.events: list[Event] = []
         self._uses: collections.Counter[str] = collections.Counter()
+        self._verdict = ""
         self._jits: dict[Any, tuple[Any, Any]] = {}
 
     def factored(self, weight: LoraWeight, eqn: Any) -> None:
         """Record that a rule kept ``weight`` factored at ``eqn``."""
-        self.events.append(Event(weight.path, eqn.primitive.name, factored=True))
+        decided = self._verdict if self.modes.get(weight.path) == "auto" else ""
+        self.events.append(Event(weight.path, eqn.primitive.name, factored=True, decided=decided))
+
+    def formed(
+        self, weight: LoraWeight, eqn: Any, values: list[Any], product: Product | None = None
+    ) -> list[Any] | None:
+        """The equation's outputs on the formed weight, if its mode says so; else None.
+
+        Args:
+            weight: The weight.
+            eqn: A product that a rule could keep factored.
+            values: The equation's inputs, the weight among them.
+            product: The product's sizes; without them ``"auto"`` keeps the weight factored.
+        """
+        mode = self.modes.get(weight.path, "factored")
+        form, self._verdict = mode == "materialize", "materialize"
+        if mode == "auto":
+            form, self._verdict = (False, "factored") if product is None else verdict(product)
+            form = form and weight.drop is None
+        if not form:
+            return None
+        if weight.drop is not None:
+            self._refuse_dropout(weight, eqn.primitive.name)
+        event = Event(weight.path, eqn.primitive.name, factored=False, decided=self._verdict)
+        self.events.append(event)
+
+        # Formed again for the backward pass: as a residual it would be a copy of W for each layer.
+        @jax.checkpoint
+        def on_formed(values: list[Any]) -> list[Any]:
+            formed = [v.materialize() if isinstance(v, LoraWeight) else v for v in values]
+            return evaluate_one(eqn, formed)
+
+        return on_formed(values)
 
     def dropped(self, x: Any, weight: LoraWeight) -> Any:
         """The input of a weight's update, with dropout if it has one: another mask at each use."""
@@ -141,11 +181,7 @@ class Interpreter:
         if not isinstance(value, LoraWeight):
             return value
         if value.drop is not None:
-            raise MaterializeError(
-                f"{value.path}: the adapted weight reaches `{primitive}`, where W + scale*a*b is "
-                "formed; expected a factored product, whose input dropout can act on. Give this "
-                "parameter dropout 0, or exclude it from the adapter"
-            )
+            self._refuse_dropout(value, primitive)
         if self.strict:
             raise MaterializeError(
                 f"{value.path}: the adapted weight reaches `{primitive}` with shape {value.shape}; "
@@ -154,6 +190,13 @@ class Interpreter:
             )
         self.events.append(Event(value.path, primitive, factored=False))
         return value.materialize()
+
+    def _refuse_dropout(self, weight: LoraWeight, primitive: str) -> None:
+        raise MaterializeError(
+            f"{weight.path}: the adapted weight reaches `{primitive}`, where W + scale*a*b is "
+            "formed; expected a factored product, whose input dropout can act on. Give this "
+            "parameter dropout 0, or exclude it from the adapter"
+        )
 
     def jit(self, closed_jaxpr: Any, name: str, treedef: Any, build: Callable[[], Any]) -> Any:
         """One compiled function per inner jaxpr, so that a function called twice is traced once."""

@@ -44,6 +44,9 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if not set(numbers.collapsed_slice_dims) <= picked:
         raise Unfactorable
 
+    formed = interpreter.formed(weight, eqn, values)
+    if formed is not None:
+        return formed
     (w,) = evaluate_one(eqn, [weight.w, indices])
     gone = {*numbers.collapsed_slice_dims, *paired}
     batch_axes = [i for i in range(w.ndim) if i not in numbers.offset_dims]
