@@ -107,7 +107,7 @@ def discover(
         _Probe.of(paths[i], leaves[i].shape) if i < len(paths) else None
         for i in traced.array_leaves
     ]
-    walk.run(traced.jaxpr, inputs, steps=1)
+    walk.run(traced.jaxpr, inputs, [i >= len(paths) for i in traced.array_leaves], steps=1)
     found = {path: tuple(uses) for path, uses in walk.uses.items()}
     return found | {path: () for path in arrays if path not in found}
 
@@ -125,11 +125,20 @@ def low_rank_multiply_adds(layout: Layout, rank: int, uses: Iterable[Use]) -> in
 
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """A value that is a parameter in another form."""
+    """A value that is a parameter in another form.
+
+    Attributes:
+        path: The parameter's path.
+        axes: For each axis of the value, the parameter's axes behind it.
+        stack: The parameter's axes that hold independent matrices.
+        lookup: If the value was looked up, that use of the parameter: it is none if the value turns
+            out to be matrices picked from a stack, and not an embedding's rows.
+    """
 
     path: str
     axes: _Axes
     stack: frozenset[int] = frozenset()
+    lookup: Use | None = None
 
     @classmethod
     def of(cls, path: str, shape: Sequence[int]) -> _Probe:
@@ -142,39 +151,66 @@ class _Probe:
     def relabel(
         self, axes: Iterable[frozenset[int]], stack: frozenset[int] | None = None
     ) -> _Probe:
-        return _Probe(self.path, tuple(axes), self.stack if stack is None else self.stack | stack)
+        stack = self.stack if stack is None else self.stack | stack
+        return dataclasses.replace(self, axes=tuple(axes), stack=stack)
 
 
 class _Walk:
     def __init__(self) -> None:
         self.uses: dict[str, list[Use]] = {}
 
-    def run(self, jaxpr: Any, inputs: Sequence[_Probe | None], steps: int) -> list[_Probe | None]:
+    def run(
+        self, jaxpr: Any, inputs: Sequence[_Probe | None], data: Sequence[bool], steps: int
+    ) -> list[_Probe | None]:
+        """The outputs that are parameters in another form.
+
+        ``data`` says of each input whether it depends on the function's other arguments; loops
+        say so of all inputs if it is true of one.
+        """
         env: dict[Any, _Probe] = {}
+        depends = {var for var, flag in zip(jaxpr.invars, data, strict=True) if flag}
         for var, probe in zip(jaxpr.invars, inputs, strict=True):
             if probe is not None:
                 env[var] = probe
         for eqn in jaxpr.eqns:
-            probes = [None if is_literal(v) else env.get(v) for v in eqn.invars]
+            atoms = [None if is_literal(v) else v for v in eqn.invars]
+            flags = [v in depends for v in atoms]
+            if any(flags):
+                depends.update(eqn.outvars)
+            probes = [env.get(v) for v in atoms]
             if any(p is not None for p in probes):
-                outs = self.follow(eqn, probes, steps)
+                outs = self.follow(eqn, probes, flags, steps)
                 env.update({v: p for v, p in zip(eqn.outvars, outs, strict=True) if p is not None})
         return [None if is_literal(v) else env.get(v) for v in jaxpr.outvars]
 
-    def follow(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+    def body(
+        self, closed: Any, probes: Sequence[_Probe | None], data: Sequence[bool], steps: int
+    ) -> list[_Probe | None]:
+        """`run` of the jaxpr of a loop or a branch."""
+        return self.run(open_jaxpr(closed)[0], probes, [any(data)] * len(probes), steps)
+
+    def follow(
+        self, eqn: Any, probes: list[_Probe | None], data: list[bool], steps: int
+    ) -> list[_Probe | None]:
         name = eqn.primitive.name
         if name in _CALLS:
             body = eqn.params.get(
                 "jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
             )
-            return self.run(open_jaxpr(body)[0], probes, steps)
+            return self.run(open_jaxpr(body)[0], probes, data, steps)
         if name in _LOOPS:
-            return getattr(self, _LOOPS[name])(eqn, probes, steps)
+            return getattr(self, _LOOPS[name])(eqn, probes, data, steps)
         first = probes[0]
         if first is not None and eqn.outvars and all(p is None for p in probes[1:]):
             moved = _restructure(eqn, first)
             if moved is not None:
                 return [moved] * len(eqn.outvars)
+        if name in ("add", "add_any", "sub"):
+            # With a term that no input reaches, the sum is still a weight.
+            for index, other in ((0, 1), (1, 0)):
+                same = eqn.invars[index].aval.shape == eqn.invars[other].aval.shape
+                if probes[index] is not None and probes[other] is None and same and not data[other]:
+                    return [probes[index]]
         scaled: list[_Probe | None] = [None] * len(eqn.outvars)
         if name in ("mul", "div"):
             # By a scalar, which may be a parameter too, a weight is only scaled.
@@ -184,17 +220,21 @@ class _Walk:
                     break
         for index, probe in enumerate(probes):
             if probe is not None and eqn.outvars:  # an effect alone, such as a print, is no use
-                self.record(eqn, probes, index, steps)
+                use = self.record(eqn, probes, index, steps)
+                if use is not None and name == "gather":
+                    return [_picked(eqn, probe, use)]
         return scaled
 
-    def scan(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+    def scan(
+        self, eqn: Any, probes: list[_Probe | None], data: list[bool], steps: int
+    ) -> list[_Probe | None]:
         body = open_jaxpr(eqn.params["jaxpr"])[0]
         inner: list[_Probe | None] = []
         for probe, outside, inside in zip(probes, eqn.invars, body.invars, strict=True):
             if probe is not None and len(outside.aval.shape) == len(inside.aval.shape) + 1:
                 probe = probe.relabel(probe.axes[1:], stack=probe.axes[0])
             inner.append(probe)
-        outs = self.run(body, inner, steps * eqn.params["length"])
+        outs = self.body(eqn.params["jaxpr"], inner, data, steps * eqn.params["length"])
         before: dict[str, frozenset[int]] = {}
         for probe in probes:
             if probe is not None:
@@ -206,25 +246,32 @@ class _Walk:
                 outs[k] = _Probe(probe.path, (steps_axis, *probe.axes), before[probe.path])
         return outs
 
-    def while_loop(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+    def while_loop(
+        self, eqn: Any, probes: list[_Probe | None], data: list[bool], steps: int
+    ) -> list[_Probe | None]:
         params = eqn.params
         first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         carry = probes[second:]
-        self.run(open_jaxpr(params["cond_jaxpr"])[0], [*probes[:first], *carry], steps)
+        self.body(params["cond_jaxpr"], [*probes[:first], *carry], data, steps)
         # How often the body runs is not known: its uses count once.
-        return self.run(open_jaxpr(params["body_jaxpr"])[0], probes[first:], steps)
+        return self.body(params["body_jaxpr"], probes[first:], data, steps)
 
-    def cond(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+    def cond(
+        self, eqn: Any, probes: list[_Probe | None], data: list[bool], steps: int
+    ) -> list[_Probe | None]:
         if probes[0] is not None:
             self.record(eqn, probes, 0, steps)
-        outs = [self.run(open_jaxpr(b)[0], probes[1:], steps) for b in eqn.params["branches"]]
+        outs = [self.body(b, probes[1:], data, steps) for b in eqn.params["branches"]]
         return [next((p for p in out if p is not None), None) for out in zip(*outs, strict=True)]
 
-    def shard_map(self, eqn: Any, probes: list[_Probe | None], steps: int) -> list[_Probe | None]:
+    def shard_map(
+        self, eqn: Any, probes: list[_Probe | None], data: list[bool], steps: int
+    ) -> list[_Probe | None]:
         # Shapes inside are those of one device's part; axes keep their roles.
-        return self.run(open_jaxpr(eqn.params["jaxpr"])[0], probes, steps * eqn.params["mesh"].size)
+        return self.body(eqn.params["jaxpr"], probes, data, steps * eqn.params["mesh"].size)
 
-    def record(self, eqn: Any, probes: list[_Probe | None], index: int, steps: int) -> None:
+    def record(self, eqn: Any, probes: list[_Probe | None], index: int, steps: int) -> Use | None:
+        """Note the use; None if it is one of looked-up rows, which are an activation."""
         probe = probes[index]
         assert probe is not None
         name = eqn.primitive.name
@@ -273,7 +320,29 @@ class _Walk:
             output_bytes=math.prod(output) * result.dtype.itemsize,
             multiply_adds=steps * cost,
         )
-        self.uses.setdefault(probe.path, []).append(use)
+        found = self.uses.setdefault(probe.path, [])
+        if probe.lookup is not None:
+            is_matrix = use.in_axes and use.out_axes and name != "gather"
+            if not is_matrix or any(p is not None for k, p in enumerate(probes) if k != index):
+                return None
+            if probe.lookup in found:
+                found.remove(probe.lookup)
+        found.append(use)
+        return use
+
+
+def _picked(eqn: Any, probe: _Probe, use: Use) -> _Probe | None:
+    """What a gather looks up, if it can be matrices picked from a stack; else None."""
+    numbers = eqn.params["dimension_numbers"]
+    picked, paired = picked_axes(eqn)
+    kept = [i for i in range(len(probe.axes)) if i not in (*numbers.collapsed_slice_dims, *paired)]
+    if len(kept) < 2 or not picked <= set(numbers.collapsed_slice_dims):
+        return None
+    axes = [frozenset[int]()] * len(eqn.outvars[0].aval.shape)
+    for i, place in zip(kept, numbers.offset_dims, strict=True):
+        axes[place] = probe.axes[i]
+    stack = probe.stack | probe.behind((*picked, *paired))
+    return _Probe(probe.path, tuple(axes), stack, lookup=use)
 
 
 def _is_scalar(atom: Any) -> bool:

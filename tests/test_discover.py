@@ -344,3 +344,40 @@ def test_what_decides_a_branch_is_used_there() -> None:
 
     uses = jl.discover(fun, {"flag": _shape(dtype=jnp.bool_)}, _shape(5, 4))["flag"]
     assert [use.primitive for use in uses]
+
+
+def test_matrices_picked_by_an_index_are_a_stack() -> None:
+    """And rows picked by one are inputs, also those of several axes that meet another weight."""
+    params = {"experts": jnp.ones((3, 8, 6)), "table": jnp.ones((11, 2, 4)), "q": jnp.ones((4, 5))}
+
+    def fun(p: Any, x: Any, ids: Any) -> Any:
+        y = jnp.einsum("bd,bdf->bf", x, p["experts"][ids])
+        return y.sum() + jnp.einsum("bhk,kq->bhq", p["table"][ids], p["q"]).sum()
+
+    uses = jl.discover(fun, params, jnp.ones((4, 8)), jnp.arange(4))
+    (experts,), (table,), (q,) = (uses[name] for name in ("experts", "table", "q"))
+    assert (experts.primitive, table.primitive) == ("dot_general", "gather")
+    assert (experts.stack_axes, experts.in_axes, experts.out_axes) == ((0,), (1,), (2,))
+    assert (table.stack_axes, table.in_axes, table.out_axes) == ((), (0,), (1, 2))
+    assert (q.stack_axes, q.in_axes, q.out_axes) == ((), (0,), (1,))
+    assert experts.multiply_adds == 4 * 8 * 6
+
+
+def test_a_sum_is_a_weight_only_with_a_term_that_no_input_reaches() -> None:
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
+
+    def fun(p: Any, x: Any) -> Any:
+        y = x @ (p["w"] - 2 * jnp.eye(4))
+        return y @ (p["v"] + x) + p["b"]
+
+    uses = jl.discover(fun, params, jnp.ones((4, 4)))
+    assert [use.primitive for use in uses["w"]] == ["dot_general"]
+    assert [use.primitive for use in uses["v"]] == ["add"]
+    assert [use.primitive for use in uses["b"]] == ["add"]
+
+    def looped(p: Any, x: Any) -> Any:
+        # What a loop carries may depend on the input after a step.
+        carry = (x, jnp.eye(4))
+        return jax.lax.fori_loop(0, 3, lambda _, c: (c[0] @ (p["w"] + c[1]), c[0]), carry)[0]
+
+    assert [use.primitive for use in jl.discover(looped, params, jnp.ones((4, 4)))["w"]] == ["add"]

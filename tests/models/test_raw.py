@@ -38,6 +38,10 @@ def _dispatched(p: Any, x: Any) -> Any:
     return jnp.einsum("bd,bdf->bf", x, p["w"][expert])
 
 
+def _with_a_term(p: Any, x: Any) -> Any:
+    return x @ (p["w"] + jnp.tri(8, dtype=x.dtype))
+
+
 def _tied_head(p: Any, ids: Any) -> Any:
     x = p["table"][ids]
     return (x + jnp.tanh(x @ p["w"])) @ p["table"].T
@@ -100,6 +104,7 @@ FACTORED: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Any], Any]] 
         (4, 8),
     ),
     "experts by index": (STACK, _dispatched, (4, 8)),
+    "sum with a term of no input": (W, _with_a_term, (4, 8)),
     "tied head": ({"table": (11, 8), "w": (8, 8)}, _tied_head, np.array([[3, 0], [10, 3]])),
     "fori_loop with a dynamic slice": (STACK, _fori, (4, 8)),
     "unrolled scan in reverse": (STACK, _unrolled_in_reverse, (4, 8)),
