@@ -30,12 +30,12 @@ class LoraConfig:
     Attributes:
         rank: The rank r of the update, at least 1.
         alpha: The strength of the update; a finite number.
-        targets: Which parameters are adapted: ``"all-linear"``, every weight that the function
-            uses in matrix products and not otherwise as a matrix (in a convolution, or as an
-            embedding that is looked up), or one or more globs over parameter paths such as
-            ``"**/kernel"``. ``*`` stays within one path component, ``**`` crosses components. A
-            `Rule` in the place of a glob also says how, if otherwise than below. The first that
-            matches a parameter decides about it.
+        targets: Which parameters are adapted: a preset such as ``"all-linear"``, every weight that
+            the function uses in matrix products and not otherwise as a matrix (in a convolution, or
+            as an embedding that is looked up; see `Rule` for the other presets), or one or more
+            globs over parameter paths such as ``"**/kernel"``. ``*`` stays within one path
+            component, ``**`` crosses components. A `Rule` in the place of a glob also says how, if
+            otherwise than below. The first that matches a parameter decides about it.
         exclude: Globs, or regular expressions after ``re:``, of parameters that are not adapted
             although ``targets`` matches them.
         scaling: What multiplies ``a b``: ``"standard"`` alpha/r (Hu et al. 2021,

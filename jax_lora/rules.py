@@ -25,8 +25,15 @@ Predicate = Callable[[str, tuple[int, ...], tuple[Any, ...]], bool]
 
 _CHOICES = (("scaling", Scaling), ("init", Init), ("variant", Variant), ("mode", Mode))
 _LARGEST_ALPHA = 3e38
-#: The preset that selects every weight that the function uses as a matrix.
+#: The preset that selects every weight of a linear layer.
 ALL_LINEAR = "all-linear"
+#: The presets, and how the function uses the weights that each selects.
+PRESETS = {
+    ALL_LINEAR: "linear",
+    "all-convolution": "convolution",
+    "all-embedding": "embedding",
+    "all": "",
+}
 #: What marks a pattern as a regular expression.
 REGEX = "re:"
 
@@ -68,7 +75,9 @@ class Rule:
               path component, ``**`` crosses components, ``{layer}`` is the number of a layer;
             - a regular expression after ``re:``, matched against the whole path, such as
               ``"re:.*/(q|v)/kernel"``; a group named ``layer`` is the number of a layer;
-            - ``"all-linear"``: every weight that the function uses in a matrix product;
+            - a preset: ``"all-linear"``, every weight that the function uses in matrix products and
+              not otherwise as a matrix; ``"all-convolution"``; ``"all-embedding"``, whose rows are
+              looked up, also if it is the head as well; or ``"all"`` of them;
             - a function ``(path, shape, uses) -> bool``, asked about the parameters that can be
               adapted. ``uses`` is what `discover` finds. JSON keeps its name alone.
         layers: The layers to which the rule is restricted, such as ``range(6)``. A parameter's
@@ -134,7 +143,7 @@ class Rule:
             problems += pattern_problems(self.match)
         elif not callable(self.match):
             problems.append(
-                "expected match to be a glob, 're:' and a regular expression, 'all-linear', or a "
+                "expected match to be a glob, 're:' and a regular expression, a preset, or a "
                 f"function (path, shape, uses) -> bool; got match={self.match!r}"
             )
         if self.layers is not None:
@@ -175,7 +184,7 @@ class Rule:
     @property
     def by_path(self) -> bool:
         """Whether it is a glob or a regular expression, and so names the parameters it means."""
-        return isinstance(self.match, str) and self.match != ALL_LINEAR
+        return isinstance(self.match, str) and self.match not in PRESETS
 
     @property
     def overrides(self) -> dict[str, Any]:

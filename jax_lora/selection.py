@@ -18,7 +18,7 @@ from jax_lora.config import LoraConfig
 from jax_lora.discover import MATRIX_USES, Use, low_rank_multiply_adds
 from jax_lora.errors import ConfigError, TargetError, near_misses
 from jax_lora.initializers import FROM_WEIGHT
-from jax_lora.rules import ALL_LINEAR, Mode, Rule, path_matches
+from jax_lora.rules import ALL_LINEAR, PRESETS, Mode, Rule, path_matches
 from jax_lora.tables import spans
 from jax_lora.variants import VARIANTS
 
@@ -260,7 +260,7 @@ class _Tally:
     def problem(self, leaves: Iterable[str], adaptable: int) -> str:
         """What is wrong with the rule; empty if nothing is."""
         if not self.lost and self.rule.by_path:
-            near = near_misses(str(self.rule.match), (*leaves, ALL_LINEAR))
+            near = near_misses(str(self.rule.match), (*leaves, *PRESETS))
             return f"{self.label} matches no parameter ({near})"
         if not self.lost:
             return f"{self.label} matches none of the {adaptable} parameters that can be adapted"
@@ -282,7 +282,7 @@ def _matches(rule: Rule, path: str, leaf: Any, adaptable: bool, uses: tuple[Use,
     if not adaptable:
         return False  # what does not name a parameter chooses among those that can be adapted
     if isinstance(rule.match, str):
-        return _is_linear(uses)
+        return _in_preset(rule.match, uses)
     try:
         return bool(rule.match(path, tuple(leaf.shape), uses))
     except Exception as error:
@@ -290,17 +290,24 @@ def _matches(rule: Rule, path: str, leaf: Any, adaptable: bool, uses: tuple[Use,
         raise
 
 
-def _is_linear(uses: tuple[Use, ...]) -> bool:
-    """Whether all uses as a matrix are those of a linear layer, not a convolution or a lookup."""
-    return {MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES} == {"linear"}
+def _kinds(uses: tuple[Use, ...]) -> list[str]:
+    """What the uses as a matrix are called."""
+    names = (MATRIX_USES[use.primitive] for use in uses if use.primitive in MATRIX_USES)
+    return list(dict.fromkeys(names))
+
+
+def _in_preset(name: str, uses: tuple[Use, ...]) -> bool:
+    """Whether a preset selects a weight of these uses."""
+    kinds, wanted = _kinds(uses), PRESETS[name]
+    return wanted in kinds if wanted == "embedding" else wanted == "" or kinds == [wanted]
 
 
 def _unmatched(config: LoraConfig, uses: tuple[Use, ...]) -> str:
     """Why no rule takes a parameter that could be adapted."""
     if all(rule.match != ALL_LINEAR for rule in config.rules):
         return "no target matches it"
-    kinds = dict.fromkeys(MATRIX_USES[u.primitive] for u in uses if u.primitive in MATRIX_USES)
-    return f"used as {' and '.join(kinds)}, and {ALL_LINEAR!r} adapts linear layers alone"
+    kinds = " and ".join(_kinds(uses))
+    return f"used as {kinds}, and {ALL_LINEAR!r} adapts linear layers alone"
 
 
 def _rank_problems(tallies: list[_Tally]) -> list[str]:
