@@ -53,15 +53,21 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     )
 
     exec(blocks[2], names)
-    exec(blocks[3], names)
-    ranks = {
-        path: t.rank
-        for path, t in jl.plan(model.apply, params, x, config=names["config"]).targets.items()
-    }
-    assert ranks == {"params/l1/kernel": 2, "params/l2/kernel": 8}
     np.testing.assert_array_equal(
         names["arrays"]["params/l1/kernel"]["a"], adapter["params/l1/kernel"].a
     )
+    exec(blocks[3], names)
+    plan, adapter = names["plan"], names["adapter"]
+    found = {path: (t.variant, t.rank, t.dropout) for path, t in plan.targets.items()}
+    assert found == {
+        "params/l1/kernel": ("dora", 2, 0.1),
+        "params/l1/bias": ("full", 0, 0.0),
+        "params/l2/kernel": ("lora", 8, 0.0),
+        "params/l2/bias": ("full", 0, 0.0),
+    }
+    base = model.apply(params, x)
+    for fresh in (adapter, names["noisy"]):
+        np.testing.assert_array_equal(jl.apply(model.apply)(params, fresh, x), base)
 
 
 def test_the_tree_names_what_exists():
