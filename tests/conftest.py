@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,11 @@ if hasattr(jax, "enable_x64"):
     _enable_x64 = jax.enable_x64
 else:  # older versions
     from jax.experimental import enable_x64 as _enable_x64
+
+
+def pytest_report_header() -> str:
+    packages = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 # Compiling takes longer than running here.

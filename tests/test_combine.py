@@ -29,6 +29,7 @@ METHODS = get_args(Method)
 EXACT = ("cat", "linear")
 TRUNCATING = tuple(m for m in METHODS if m not in EXACT)
 SPARSE = ("magnitude_prune", "ties", "dare", "dare_ties")
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than running here
 ALL = 10  # a rank above min(in, out) of every layout: nothing is truncated
 
 
@@ -440,13 +441,14 @@ def test_no_gradient_is_nan_where_singular_values_coincide_or_vanish(
         {"w": jl.LoraFactors(entry(layout, 4).a, jnp.zeros((4, 5)), jnp.float32(1), layout)}
     )
     full = jl.Adapter({"w": entry(layout, 4)})
+
+    def loss(w: Any, group: Any) -> Any:
+        got = jl.combine(group, w, **options(method, rank=2)).adapter
+        return loss_of(jl.delta(got), ["w"])
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)
     for group in ([eye, eye], [fresh], [fresh, fresh], [eye, fresh], [full, full], [full, eye]):
-
-        def loss(w: Any, group: Any) -> Any:
-            got = jl.combine(group, w, **options(method, rank=2)).adapter
-            return loss_of(jl.delta(got), ["w"])
-
-        grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.ones(len(group)), group)
+        grads = gradient(jnp.ones(len(group)), group)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -494,8 +496,8 @@ def test_jit_and_vmap_over_weights(few: Any, method: str) -> None:
         return jl.delta(got.adapter), got.errors
 
     eager = update(jnp.array(W))
-    compiled = jax.jit(update)(jnp.array(W))
-    many = jax.jit(jax.vmap(update))(jnp.array([[1.0, 1.0, 1.0], W]))
+    compiled = jax.jit(update, compiler_options=QUICK)(jnp.array(W))
+    many = jax.jit(jax.vmap(update), compiler_options=QUICK)(jnp.array([[1.0, 1.0, 1.0], W]))
     for found in (compiled, jax.tree.map(lambda leaf: leaf[1], many)):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=5e-5), found, eager)
     listed = update([jnp.float32(w) for w in W])

@@ -11,6 +11,9 @@ import pytest
 
 eqx = pytest.importorskip("equinox")
 KEY = jax.random.key(0)
+# XLA absorbs the transpose after the base's product `W x` by swapping its operands, which it cannot
+# do after the adapted sum. Since jaxlib 0.12, YNNPACK adds in another order when they are swapped.
+EXACT = jax.__version_info__ < (0, 12)
 
 
 def _split(model: Any, call: Any = None) -> tuple[Any, Any]:
@@ -27,7 +30,7 @@ def _split(model: Any, call: Any = None) -> tuple[Any, Any]:
 def test_mlp(normal: Any, check_model: Any, factored: Any) -> None:
     fun, params = _split(eqx.nn.MLP(6, 5, 8, 2, key=KEY))
     sites = factored(*(f"layers/{k}/weight" for k in range(3)))
-    check_model(fun, params, normal(4, 6), sites=sites)
+    check_model(fun, params, normal(4, 6), sites=sites, exact=EXACT)
 
 
 def test_static_leaves_may_stay_in_the_tree(normal: Any, planned: Any, dense64: Any) -> None:
@@ -71,4 +74,5 @@ def test_recurrent_cell(normal: Any, check_model: Any, factored: Any) -> None:
         return jax.lax.scan(lambda state, x: (cell(x, state), None), state, xs)[0]
 
     fun, params = _split(eqx.nn.GRUCell(3, 4, key=KEY), unroll)
-    check_model(fun, params, normal(2, 5, 3), sites=factored("weight_hh", "weight_ih"))
+    sites = factored("weight_hh", "weight_ih")
+    check_model(fun, params, normal(2, 5, 3), sites=sites, exact=EXACT)
