@@ -136,9 +136,7 @@ def normal() -> Callable[..., jax.Array]:
 
 
 # An instruction of compiled HLO, "%name = f32[6,5]{1,0} add(...". A tuple's type has several arrays.
-_INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", re.MULTILINE
-)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
 _FLOATS = re.compile(r"\b(?:f|bf)\d\w*\[([\d,]*)\]")
 # What names, moves or casts a value that is there. The parts of a fusion, a call or a loop are
 # listed by themselves.
