@@ -135,7 +135,7 @@ def normal() -> Callable[..., jax.Array]:
     return draw
 
 
-# An instruction of compiled HLO, "%name = f32[6,5]{1,0} add(...". A tuple's type has several arrays.
+# An instruction of compiled HLO, "%name = f32[6,5]{1,0} add(..."; a tuple's type has several arrays.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
 _FLOATS = re.compile(r"\b(?:f|bf)\d\w*\[([\d,]*)\]")
 # What names, moves or casts a value that is there. The parts of a fusion, a call or a loop are
@@ -194,7 +194,7 @@ def check_dense() -> Callable[..., Any]:
         cotangent = rng.normal(size=shape)
         adapted = jl.apply(fun, strict=strict)
 
-        # The base is an argument, as a constant it would be folded; what is no array stays as it is.
+        # The base is an argument, as a constant it would be folded; what is no array stays as is.
         leaves, treedef = jax.tree.flatten((params, args))
         arrays = {k: leaf for k, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
 

@@ -214,7 +214,7 @@ def _lstm_by_hand(p: Any, f: Any, xs: Any) -> Any:
     return lax.scan(step, (zero, zero), xs)[0][0]
 
 
-_BLOCK = {**{name: (24, 24) for name in "qkvo"}, "up": (24, 48), "down": (48, 24)}
+_BLOCK = {**dict.fromkeys("qkvo", (24, 24)), "up": (24, 48), "down": (48, 24)}
 CASES = {
     "mlp": Case(_mlp, _mlp_by_hand, {"l0": (96, 128), "l1": (128, 80), "l2": (80, 40)}, (21, 96)),
     "scanned layers": Case(_stack, _stack_by_hand, {"w": (5, 48, 48)}, (21, 48)),
