@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors tables",
         "rules",
         "adapter config",
-        "virtual initializers",
+        "virtual initializers sharding",
         "interpreter lowrank",
         "transform optim training io",
         "discover algebra combine extract",
