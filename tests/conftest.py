@@ -135,7 +135,7 @@ def normal() -> Callable[..., jax.Array]:
     return draw
 
 
-# An instruction of compiled HLO, "%name = f32[6,5]{1,0} add(..."; a tuple's type has several arrays.
+# An instruction of compiled HLO, "%name = f32[6,5]{1,0} add(..."; a tuple's type lists arrays.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
 _FLOATS = re.compile(r"\b(?:f|bf)\d\w*\[([\d,]*)\]")
 # What names, moves or casts a value that is there. The parts of a fusion, a call or a loop are
