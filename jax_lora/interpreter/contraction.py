@@ -133,7 +133,9 @@ def _distinct(entries: Iterable[Any]) -> PartitionSpec:
 if hasattr(jax.sharding, "auto_axes"):
     _auto_axes = jax.sharding.auto_axes
 else:  # older versions
-    from jax.experimental.shard import auto_axes as _auto_axes
+    from jax.experimental.shard import (  # type: ignore[import-not-found,no-redef]
+        auto_axes as _auto_axes,
+    )
 
 
 def _split_like(out: jax.Array, fun: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
