@@ -25,7 +25,7 @@ _RANK_LETTER = "Z"
 #: What a convolution with another kernel has in common with the one it stands for.
 _CONV_PARAMS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
-    *("feature_group_count", "precision", "preferred_element_type"),
+    *("precision", "preferred_element_type"),
 )
 
 
@@ -212,32 +212,40 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     dtype = wider(x.dtype, weight.dtype)
 
     def update(x: jax.Array, first: jax.Array, last: jax.Array, scale: jax.Array) -> jax.Array:
-        # The first factor as a kernel whose out-features are the rank, once for each group.
+        # The first factor as a kernel whose out-features are the rank. All groups share it, so they
+        # are more examples to it.
         order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
-        kernel = jnp.transpose(first.astype(dtype), order)
-        kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
         hidden = lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel,
+            _groups_as_examples(x.astype(dtype), numbers.lhs_spec, groups),
+            jnp.transpose(first.astype(dtype), order),
             **{name: params[name] for name in _CONV_PARAMS},
         )
-        feature = numbers.out_spec[1]
-        hidden = jnp.moveaxis(hidden, feature, -1) * scale.astype(hidden.dtype)
-        rank = kernel.shape[out_axis] // groups
-        hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
+        outer = numbers.out_spec[:2]
+        hidden = jnp.moveaxis(hidden, outer, (0, -1)) * scale.astype(hidden.dtype)
+        hidden = hidden.astype(dtype).reshape(-1, groups, *hidden.shape[1:])
+        hidden = jnp.moveaxis(hidden, 1, -2)
         last = jnp.transpose(last.astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
         added = jnp.einsum(
             "...gr,rgo->...go",
             hidden,
-            last.reshape(rank, groups, -1),
+            last.reshape(last.shape[0], groups, -1),
             precision=params["precision"],
             preferred_element_type=params["preferred_element_type"],
         )
-        added = jnp.moveaxis(added.reshape(*added.shape[:-2], -1), -1, feature)
+        added = jnp.moveaxis(added.reshape(*added.shape[:-2], -1), (0, -1), outer)
         return added.astype(out.dtype)
 
     interpreter.factored(weight, eqn)
     return [out + _split_like(out, update, x, near[0], far[0], weight.scale)]
+
+
+def _groups_as_examples(x: jax.Array, spec: Sequence[int], groups: int) -> jax.Array:
+    """The groups of a convolution's input moved from its features to its batch, minor there."""
+    batch, feature, *_ = spec
+    shape = list(x.shape)
+    shape[batch], shape[feature] = shape[batch] * groups, shape[feature] // groups
+    x = x.reshape(*x.shape[:feature], groups, shape[feature], *x.shape[feature + 1 :])
+    return jnp.moveaxis(x, feature, batch + 1).reshape(shape)
 
 
 @rule("ragged_dot_general")
