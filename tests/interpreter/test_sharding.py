@@ -377,7 +377,9 @@ def explicit_fsdp() -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import jax_lora as jl
 
     if hasattr(jax.sharding, "reshard"):
         from jax.sharding import reshard
@@ -391,7 +393,28 @@ def explicit_fsdp() -> None:
         return x @ reshard(p["w"], PartitionSpec(None, "tp"))
 
     x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6)), jnp.float32)
-    _explicit_use(gathered, plain, (6, 8), ("data", "tp"), x, ("data", None))
+    spec = ("data", "tp")
+    _explicit_use(gathered, plain, (6, 8), spec, x, ("data", None))
+
+    # What is gathered of each factor is the axis that is gathered of the weight, and no other.
+    mesh = _mesh(explicit=True)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    params = {"w": jax.device_put(jnp.ones((6, 8)), sharding)}
+    f = jl.LoraFactors(
+        jnp.ones((6, 2)), jnp.ones((2, 8)), jnp.ones(()), jl.Layout((6, 8), (0,), (1,))
+    )
+    adapter = jl.Adapter({"w": f})
+    adapter = jax.device_put(adapter, jl.adapter_shardings(adapter, params))
+    inputs = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None)))
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        jaxpr = jax.make_jaxpr(jl.apply(gathered, strict=True))(params, adapter, inputs)
+    moved = {
+        tuple(v.aval.shape): tuple(v.aval.sharding.spec)
+        for eqn in jaxpr.jaxpr.eqns
+        for v in eqn.outvars
+        if eqn.primitive.name == "reshard"
+    }
+    assert moved == {(6, 8): (None, "tp"), (6, 2): (None, None), (2, 8): (None, "tp"), (): ()}
 
 
 def _manual(body: Any, specs: tuple[Any, ...], **options: Any) -> tuple[_Setup, Any]:
