@@ -29,6 +29,7 @@ from jax_lora.plan import Plan as Plan
 from jax_lora.plan import init as init
 from jax_lora.plan import plan as plan
 from jax_lora.rules import Rule as Rule
+from jax_lora.sharding import adapter_shardings as adapter_shardings
 from jax_lora.summary import Summary as Summary
 from jax_lora.summary import summary as summary
 from jax_lora.transform import apply as apply

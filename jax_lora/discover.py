@@ -24,6 +24,7 @@ _Axes = tuple[frozenset[int], ...]
 #: Primitives that a weight passes through unchanged in shape, if no other array joins in.
 _UNARY = {"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"}
 _UNARY |= {"stop_gradient", "neg", "reduce_precision", "rev", "pvary", "pcast"}
+_UNARY |= {"reshard", "mesh_cast"}
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
 _CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}

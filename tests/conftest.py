@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -138,9 +141,50 @@ def normal() -> Callable[..., jax.Array]:
     return draw
 
 
+# An instruction of compiled HLO, "%name = f32[6,5]{1,0} add(..."; a tuple's type lists arrays.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
+_FLOATS = re.compile(r"\b(?:f|bf)\d\w*\[([\d,]*)\]")
+# What names, moves or casts a value that is there. The parts of a fusion, a call or a loop are
+# listed by themselves.
+_PASSIVE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "fusion", "call", "while"),
+    *("conditional", "bitcast", "copy", "copy-start", "copy-done", "transpose", "reshape"),
+    *("slice", "dynamic-slice", "reverse", "convert", "opt-barrier"),
+}
+
+
+def _weight_ops(program: Any, layouts: Iterable[jl.Layout]) -> Counter[str]:
+    sizes = set()
+    for layout in layouts:
+        one = math.prod(layout.shape[i] for i in (*layout.in_axes, *layout.out_axes))
+        sizes |= {one, math.prod(layout.shape)}
+    found: Counter[str] = Counter()
+    for kind, op in _INSTRUCTION.findall(program.as_text()):
+        for dims in _FLOATS.findall(kind):
+            size = math.prod(int(n) for n in dims.split(",") if n)
+            if size in sizes and op not in _PASSIVE:
+                found[f"{op}[{dims}]"] += 1
+    return found
+
+
 @pytest.fixture(scope="session")
-def check_dense() -> Callable[..., None]:
-    """Compare `apply` with the dense float64 model: outputs, and gradients of ``a, b, scale``."""
+def weight_ops() -> Callable[[Any, Iterable[jl.Layout]], Counter[str]]:
+    """``weight_ops(program, layouts)``: what a compiled program computes of a weight's size.
+
+    Counted are the instructions of the optimised HLO that make floating-point numbers, as many as
+    a weight has, or one matrix of its stack. The shape does not matter, since XLA computes the
+    gradient of a ``[8, 2, 4]`` as ``[8, 8]``; so the models' other sizes have to differ. What only
+    moves or casts a weight is not counted.
+    """
+    return _weight_ops
+
+
+@pytest.fixture(scope="session")
+def check_dense() -> Callable[..., Any]:
+    """Compare `apply` with the dense float64 model: outputs, and gradients of ``a, b, scale``.
+
+    Returns what XLA made of the adapted program.
+    """
 
     def check(
         fun: Callable[..., Any],
@@ -150,13 +194,19 @@ def check_dense() -> Callable[..., None]:
         strict: bool = True,
         tol: float = 2e-6,
         grad: bool = True,
-    ) -> None:
+    ) -> Any:
         rng = np.random.default_rng(7)
         shape = jax.eval_shape(fun, params, *args).shape
         cotangent = rng.normal(size=shape)
         adapted = jl.apply(fun, strict=strict)
 
-        def loss(adapter: jl.Adapter) -> tuple[jax.Array, jax.Array]:
+        # The base is an argument, as a constant it would be folded; what is no array stays as is.
+        leaves, treedef = jax.tree.flatten((params, args))
+        arrays = {k: leaf for k, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+        def loss(adapter: jl.Adapter, arrays: Any) -> tuple[jax.Array, jax.Array]:
+            filled = [arrays.get(k, leaf) for k, leaf in enumerate(leaves)]
+            params, args = jax.tree.unflatten(treedef, filled)
             out = adapted(params, adapter, *args)
             return (out * jnp.asarray(cotangent, out.dtype)).sum(), out
 
@@ -165,10 +215,11 @@ def check_dense() -> Callable[..., None]:
             return (out.astype(jnp.float64) * cotangent).sum(), out
 
         def compiled(loss: Any) -> Any:
-            fun = jax.grad(loss, has_aux=True) if grad else lambda tree: (None, loss(tree)[1])
+            fun = jax.grad(loss, has_aux=True) if grad else lambda *args: (None, loss(*args)[1])
             return jax.jit(fun, compiler_options=QUICK)
 
-        got_grad, got = compiled(loss)(adapter)
+        program = compiled(loss).lower(adapter, arrays).compile()
+        got_grad, got = program(adapter, arrays)
         with _enable_x64(True):
             run = compiled(dense_loss)
             _, base = run(_wide(params))
@@ -179,7 +230,7 @@ def check_dense() -> Callable[..., None]:
         # The adapter has to matter, or everything above holds without it.
         assert np.abs(want - base).max() > max(10 * tol, 0.02) * size
         if not grad:
-            return
+            return program
         by_path = {
             jax.tree_util.keystr(key_path, simple=True, separator="/"): np.asarray(leaf)
             for key_path, leaf in jax.tree_util.tree_leaves_with_path(dense_grad)
@@ -202,5 +253,6 @@ def check_dense() -> Callable[..., None]:
                     found, value, rtol=0, atol=atol, err_msg=f"{path} {name}"
                 )
             assert np.abs(wanted["b"]).max() > 0
+        return program
 
     return check

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors tables",
         "rules",
         "adapter config",
-        "virtual",
+        "virtual sharding",
         "interpreter lowrank",
         "initializers",
         "variants",

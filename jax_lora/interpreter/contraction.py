@@ -2,14 +2,14 @@
 
 Formed are the smaller of two weights that are multiplied, a convolution by batch groups, one whose
 window and outputs are in one factor, and ragged products in other forms than rows by expert. Where
-shardings are part of the types, those of ``dot_general`` alone are named.
+shardings are part of the types, an update has that of the product it is added to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from string import ascii_letters
 from typing import Any
 
@@ -27,7 +27,7 @@ _RANK_LETTER = "Z"
 #: What a convolution with another kernel has in common with the one it stands for.
 _CONV_PARAMS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
-    *("feature_group_count", "precision", "preferred_element_type"),
+    *("precision", "preferred_element_type"),
 )
 
 
@@ -158,6 +158,26 @@ def _gained(
     return (array.astype(wide) * gain).astype(array.dtype)
 
 
+if hasattr(jax.sharding, "auto_axes"):
+    _auto_axes = jax.sharding.auto_axes
+else:  # older versions
+    from jax.experimental.shard import (  # type: ignore[import-not-found,no-redef]
+        auto_axes as _auto_axes,
+    )
+
+
+def _split_like(out: jax.Array, fun: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """``fun(*args)``, split as ``out`` is.
+
+    JAX infers few shardings of convolutions and ragged products, so where shardings are part of the
+    types, those of what is in between are left to XLA.
+    """
+    sharding = _explicit_sharding(out)
+    if sharding is None:
+        return fun(*args)
+    return _auto_axes(fun, out_sharding=sharding)(*args)
+
+
 @rule("dot_general")
 def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if all(isinstance(v, LoraWeight) for v in values):
@@ -253,31 +273,42 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         )
     dtype = wider(x.dtype, weight.dtype)
     x = interpreter.dropped(x, weight)
-    # The first factor as a kernel whose out-features are the rank, once for each group.
-    order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
-    kernel = jnp.transpose(near[0].astype(dtype), order)
-    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
-    hidden = lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel,
-        **{name: params[name] for name in _CONV_PARAMS},
-    )
-    feature = numbers.out_spec[1]
-    hidden = jnp.moveaxis(hidden, feature, -1) * weight.scale.astype(hidden.dtype)
-    rank = kernel.shape[out_axis] // groups
-    hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
-    last = jnp.transpose(far[0].astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
-    last = last.reshape(rank, groups, -1)
-    update = jnp.einsum(
-        "...gr,rgo->...go",
-        hidden,
-        last,
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
-    update = jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
+
+    def update(x: jax.Array, first: jax.Array, last: jax.Array, scale: jax.Array) -> jax.Array:
+        # The first factor as a kernel whose out-features are the rank. All groups share it, so they
+        # are more examples to it.
+        order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
+        hidden = lax.conv_general_dilated(
+            _groups_as_examples(x.astype(dtype), numbers.lhs_spec, groups),
+            jnp.transpose(first.astype(dtype), order),
+            **{name: params[name] for name in _CONV_PARAMS},
+        )
+        outer = numbers.out_spec[:2]
+        hidden = jnp.moveaxis(hidden, outer, (0, -1)) * scale.astype(hidden.dtype)
+        hidden = hidden.astype(dtype).reshape(-1, groups, *hidden.shape[1:])
+        hidden = jnp.moveaxis(hidden, 1, -2)
+        last = jnp.transpose(last.astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
+        added = jnp.einsum(
+            "...gr,rgo->...go",
+            hidden,
+            last.reshape(last.shape[0], groups, -1),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+        added = jnp.moveaxis(added.reshape(*added.shape[:-2], -1), (0, -1), outer)
+        return added.astype(out.dtype)
+
     interpreter.factored(weight, eqn)
-    return [out + update.astype(out.dtype)]
+    return [out + _split_like(out, update, x, near[0], far[0], weight.scale)]
+
+
+def _groups_as_examples(x: jax.Array, spec: Sequence[int], groups: int) -> jax.Array:
+    """The groups of a convolution's input moved from its features to its batch, minor there."""
+    batch, feature, *_ = spec
+    shape = list(x.shape)
+    shape[batch], shape[feature] = shape[batch] * groups, shape[feature] // groups
+    x = x.reshape(*x.shape[:feature], groups, shape[feature], *x.shape[feature + 1 :])
+    return jnp.moveaxis(x, feature, batch + 1).reshape(shape)
 
 
 @rule("ragged_dot_general")
@@ -316,10 +347,13 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
         out = (out.astype(wide) * rows.astype(wide)).astype(out.dtype)
     x = interpreter.dropped(x, weight)
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
-    a = jnp.transpose(near[0], [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
-    b = jnp.transpose(far[0], [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)
-    hidden = lax.ragged_dot(x.astype(dtype), a, group_sizes, **options)
-    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    update = lax.ragged_dot(hidden, b, group_sizes, **options)
+
+    def update(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, sizes: Any) -> jax.Array:
+        a = jnp.transpose(a, [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
+        b = jnp.transpose(b, [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)
+        hidden = lax.ragged_dot(x.astype(dtype), a, sizes, **options)
+        hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
+        return lax.ragged_dot(hidden, b, sizes, **options).astype(out.dtype)
+
     interpreter.factored(weight, eqn)
-    return [out + update.astype(out.dtype)]
+    return [out + _split_like(out, update, x, near[0], far[0], weight.scale, group_sizes)]

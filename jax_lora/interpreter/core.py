@@ -213,7 +213,9 @@ class Interpreter:
         found = RULES.get(eqn.primitive.name)
         if found is not None:
             try:
-                return list(found(self, eqn, values))
+                # The mesh, and what else was in force where the equation was traced.
+                with eqn.ctx.manager:
+                    return list(found(self, eqn, values))
             except Unfactorable:
                 pass
         plain: dict[int, Any] = {}

@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
+from jax_lora.sharding import factor_spec
 from jax_lora.virtual import LoraWeight
 
 
@@ -52,6 +54,22 @@ def _identity(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any
     weight = only_first(values)
     (w,) = evaluate_one(eqn, [weight.w])
     return [dataclasses.replace(weight, w=w)]
+
+
+@rule("reshard", "mesh_cast")
+def _reshard(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    # The factors move with the weight, split along its axes that they hold.
+    weight = only_first(values)
+    sharding = eqn.params["dst_sharding"]
+
+    def move(array: jax.Array, labels: tuple[int, ...]) -> jax.Array:
+        own = NamedSharding(sharding.mesh, factor_spec(sharding.spec, labels))
+        (moved,) = evaluate_one(eqn.replace(params={**eqn.params, "dst_sharding": own}), [array])
+        return moved
+
+    (w,) = evaluate_one(eqn, [weight.w])
+    moved = weight.map_factors(w, lambda f, axes: (move(f, axes), axes))
+    return [dataclasses.replace(moved, scale=move(weight.scale, ()))]
 
 
 @rule("stop_gradient")

@@ -157,6 +157,43 @@ def automatic_all() -> None:
     _automatic(("data", "tp"), ("tp", "data"), ("data", None))
 
 
+@case
+def automatic_grouped_convolution() -> None:
+    """Of a kernel's own gradient XLA sums too much here, ``dW`` times 2; of ``a`` it must not."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import jax_lora as jl
+
+    def fun(p: Any, x: Any) -> Any:
+        numbers = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            x, p["w"], (1,), "SAME", dimension_numbers=numbers, feature_group_count=2
+        )
+
+    mesh, rng = _mesh(), np.random.default_rng(3)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4, 6), (4, 5, 8)))
+    config = jl.LoraConfig(rank=2, targets="w")
+    fresh = jl.init(jax.random.key(0), {"w": w}, jl.plan(fun, {"w": w}, x, config=config))
+    adapter = jax.tree.map(lambda leaf: leaf + 0.3, fresh)
+
+    def gradient(apply: Any) -> Any:
+        return jax.jit(jax.grad(lambda *args: (apply(*args) ** 2).sum()))
+
+    params = jax.device_put({"w": w}, NamedSharding(mesh, PartitionSpec()))
+    inputs = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    placed = jax.device_put(adapter, jl.adapter_shardings(adapter, params))
+    adapted = jl.apply(fun, strict=True)
+    got = gradient(lambda a, p, x: adapted(p, a, x))(placed, params, inputs)
+    want = gradient(lambda a, p, x: fun(jl.merge(p, a), x))(adapter, {"w": w}, x)
+    for found, value in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        value = np.asarray(value)
+        np.testing.assert_allclose(found, value, rtol=0, atol=2e-5 * np.abs(value).max())
+
+
 def _explicit(up: tuple[Any, ...], down: tuple[Any, ...]) -> None:
     import jax
     import jax.numpy as jnp
@@ -192,6 +229,192 @@ def explicit_data_parallel() -> None:
 @case
 def explicit_tensor_parallel() -> None:
     _explicit((None, "tp"), ("tp", None))
+
+
+def _explicit_use(
+    fun: Any, plain: Any, shape: tuple[int, ...], spec: tuple[Any, ...], x: Any, by: tuple[Any, ...]
+) -> None:
+    """``fun(params, x)`` with ``w`` split as ``spec`` and ``x`` as ``by``, beside ``plain``.
+
+    Output and gradients are those of ``plain`` on the merged weight and one device, eagerly too,
+    and the output is split as that of ``fun`` without an adapter.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import jax_lora as jl
+
+    mesh, rng = _mesh(explicit=True), np.random.default_rng(2)
+    w = jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)
+    plan = jl.plan(plain, {"w": w}, x, config=jl.LoraConfig(rank=2, targets="w"))
+    fresh = jl.init(jax.random.key(0), {"w": w}, plan)
+    adapter = jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 + rng.normal(size=leaf.shape), leaf.dtype), fresh
+    )
+
+    def loss(apply: Any) -> Any:
+        def fun(adapter: Any) -> Any:
+            out = apply(adapter)
+            return (out**2).sum(), out
+
+        return jax.jit(jax.grad(fun, has_aux=True))
+
+    want = loss(lambda adapter: plain(jl.merge({"w": w}, adapter), x))(adapter)
+    params = {"w": jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec)))}
+    placed = jax.device_put(adapter, jl.adapter_shardings(adapter, params))
+    inputs = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*by)))
+    adapted = jl.apply(fun, strict=True)
+    scope = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
+    with scope(mesh):
+        assert list(jl.plan(fun, params, inputs, config=plan.config).targets) == ["w"]
+        got = loss(lambda adapter: adapted(params, adapter, inputs))(placed)
+        eager = adapted(params, placed, inputs)
+        types = [jax.eval_shape(f) for f in (lambda: fun(params, inputs), lambda: eager)]
+    assert types[0].sharding.spec == types[1].sharding.spec
+    for found, value in zip(
+        jax.tree.leaves((got, eager)), jax.tree.leaves((want, want[1])), strict=True
+    ):
+        value = np.asarray(value)
+        np.testing.assert_allclose(found, value, rtol=0, atol=2e-5 * np.abs(value).max())
+
+
+def _auto_axes(fun: Any, out: tuple[Any, ...]) -> Any:
+    """``fun`` with its inner shardings left to XLA, and its output split as ``out``."""
+    import jax
+    from jax.sharding import PartitionSpec
+
+    if hasattr(jax.sharding, "auto_axes"):
+        return jax.sharding.auto_axes(fun, out_sharding=PartitionSpec(*out))
+    from jax.experimental.shard import auto_axes
+
+    return auto_axes(fun, out_sharding=PartitionSpec(*out))
+
+
+@case
+def explicit_convolution() -> None:
+    import inspect
+
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+    from jax.sharding import PartitionSpec
+
+    def conv(x: Any, w: Any, **options: Any) -> Any:
+        numbers = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers, **options)
+
+    def plain(p: Any, x: Any) -> Any:
+        return conv(x, p["w"])
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 8)), jnp.float32)
+    by, shape = ("data",), (3, 8, 4)
+    _explicit_use(plain, plain, shape, (), x, by)
+
+    def grouped(p: Any, x: Any) -> Any:
+        return conv(x, p["w"], feature_group_count=2)
+
+    _explicit_use(grouped, grouped, (3, 4, 4), (), x, by)
+    split = _auto_axes(conv, ("data", None, "tp"))
+    for spec in ((None, None, "tp"), (None, "tp", None)):
+        _explicit_use(lambda p, x: split(x, p["w"]), plain, shape, spec, x, by)
+    if "out_sharding" in inspect.signature(lax.conv_general_dilated).parameters:
+        for spec in ((None, None, "tp"), (None, "tp", None)):
+            out = PartitionSpec("data", None, spec[2])
+
+            def named(p: Any, x: Any, out: Any = out) -> Any:
+                return conv(x, p["w"], out_sharding=out)
+
+            _explicit_use(named, plain, shape, spec, x, by)
+
+
+@case
+def explicit_lookup() -> None:
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import PartitionSpec
+
+    def plain(p: Any, ids: Any) -> Any:
+        return p["w"][ids]
+
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 8, (4, 5)))
+    for spec in ((None, None), (None, "tp"), ("tp", None), ("data", None)):
+        out = PartitionSpec("data", None, spec[1])
+
+        def named(p: Any, ids: Any, out: Any = out) -> Any:
+            return p["w"].at[ids].get(out_sharding=out)
+
+        _explicit_use(named, plain, (8, 6), spec, ids, ("data",))
+
+
+@case
+def explicit_experts() -> None:
+    """JAX has ragged products only where shardings are left to XLA."""
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+
+    def experts(x: Any, w: Any) -> Any:
+        return lax.ragged_dot(x, w, jnp.array([3, 1, 4, 0], jnp.int32))
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6)), jnp.float32)
+    for spec in ((), (None, None, "tp"), (None, "tp", None), ("tp", None, None)):
+        split = _auto_axes(experts, ("data", "tp"))
+        _explicit_use(
+            lambda p, x, split=split: split(x, p["w"]),
+            lambda p, x: experts(x, p["w"]),
+            (4, 6, 8),
+            spec,
+            x,
+            ("data", None),
+        )
+
+
+@case
+def explicit_fsdp() -> None:
+    """A weight that is gathered before its use: its factors are, and their product never is."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import jax_lora as jl
+
+    if hasattr(jax.sharding, "reshard"):
+        from jax.sharding import reshard
+    else:
+        from jax.experimental.shard import reshard
+
+    def plain(p: Any, x: Any) -> Any:
+        return x @ p["w"]
+
+    def gathered(p: Any, x: Any) -> Any:
+        return x @ reshard(p["w"], PartitionSpec(None, "tp"))
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6)), jnp.float32)
+    spec = ("data", "tp")
+    _explicit_use(gathered, plain, (6, 8), spec, x, ("data", None))
+
+    # What is gathered of each factor is the axis that is gathered of the weight, and no other.
+    mesh = _mesh(explicit=True)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    params = {"w": jax.device_put(jnp.ones((6, 8)), sharding)}
+    f = jl.LoraFactors(
+        jnp.ones((6, 2)), jnp.ones((2, 8)), jnp.ones(()), jl.Layout((6, 8), (0,), (1,))
+    )
+    adapter = jl.Adapter({"w": f})
+    adapter = jax.device_put(adapter, jl.adapter_shardings(adapter, params))
+    inputs = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None)))
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        jaxpr = jax.make_jaxpr(jl.apply(gathered, strict=True))(params, adapter, inputs)
+    moved = {
+        tuple(v.aval.shape): tuple(v.aval.sharding.spec)
+        for eqn in jaxpr.jaxpr.eqns
+        for v in eqn.outvars
+        if eqn.primitive.name == "reshard"
+    }
+    assert moved == {(6, 8): (None, "tp"), (6, 2): (None, None), (2, 8): (None, "tp"), (): ()}
 
 
 def _manual(body: Any, specs: tuple[Any, ...], **options: Any) -> tuple[_Setup, Any]:

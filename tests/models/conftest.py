@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def _strict_dtypes() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def check_model(filled: Any, check_dense: Any) -> Callable[..., jl.Adapter]:
+def check_model(filled: Any, check_dense: Any, weight_ops: Any) -> Callable[..., jl.Adapter]:
     """Adapt all that has a layout and check it against the dense float64 model.
 
     ``sites`` is the stated expectation: for every weight that is adapted, the primitives at which
@@ -35,7 +36,9 @@ def check_model(filled: Any, check_dense: Any) -> Callable[..., jl.Adapter]:
     - the sites, and the refusal of strict mode exactly where a weight is formed;
     - identity at the start, bit for bit, for every output. If XLA is known to compile the products
       of both in different orders (not ``exact``): rounding apart compiled, bit for bit op by op;
-    - the output that ``pick`` returns, and its gradients with respect to ``a``, ``b``, ``scale``.
+    - the output that ``pick`` returns, and its gradients with respect to ``a``, ``b``, ``scale``;
+    - for factored models, what the compiled gradient computes of a weight's size: nothing, apart
+      from what the model itself does with a weight on its way to the gradient of its inputs.
     """
 
     def check(
@@ -79,7 +82,7 @@ def check_model(filled: Any, check_dense: Any) -> Callable[..., jl.Adapter]:
             with pytest.raises(jl.MaterializeError):
                 jax.eval_shape(jl.apply(fun, strict=True), params, fresh, *args)
         adapter = filled(fresh, scale=scale)
-        check_dense(
+        program = check_dense(
             lambda *args: pick(fun(*args)),
             params,
             adapter,
@@ -88,7 +91,31 @@ def check_model(filled: Any, check_dense: Any) -> Callable[..., jl.Adapter]:
             tol=tol,
             grad=grad,
         )
+        if strict and grad:
+            check_counts(program, fun, params, adapter, args, pick)
         return adapter
+
+    def check_counts(
+        program: Any, fun: Any, params: Any, adapter: jl.Adapter, args: Any, pick: Any
+    ) -> None:
+        layouts = [f.layout for f in adapter.values()]
+
+        def count(loss: Any, *args: Any) -> Counter[str]:
+            run = jax.jit(jax.grad(loss, allow_int=True), compiler_options=QUICK)
+            return weight_ops(run.lower(*args).compile(), layouts)
+
+        found = weight_ops(program, layouts)
+        if found:
+            inputs = lambda args, params: (pick(jax.jit(fun)(params, *args)) ** 2).sum()  # noqa: E731
+            found -= count(inputs, args, params)
+        assert not found
+
+        def in_weight_space(adapter: jl.Adapter, params: Any, args: Any) -> jax.Array:
+            return (pick(jax.jit(fun)(jl.merge(params, adapter), *args)) ** 2).sum()
+
+        # Negative control: W + scale * a b, and the gradient of each W.
+        formed = count(in_weight_space, adapter, params, args)
+        assert formed.total() >= 2 * len(adapter)
 
     return check
 

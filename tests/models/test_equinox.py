@@ -50,7 +50,7 @@ def test_attention(normal: Any, check_model: Any, factored: Any) -> None:
     fun, params = _split(eqx.nn.MultiheadAttention(2, 8, key=KEY), lambda model, x: model(x, x, x))
     names = ("key", "output", "query", "value")
     sites = factored(*(f"{name}_proj/weight" for name in names))
-    check_model(fun, params, normal(2, 4, 8), sites=sites)
+    check_model(fun, params, normal(3, 5, 8), sites=sites)
 
 
 def test_convolution_and_embedding(normal: Any, check_model: Any, factored: Any) -> None:

@@ -32,7 +32,7 @@ def test_convolution_attention_and_embedding(normal: Any, check_model: Any, fact
         return hk.MultiHeadAttention(2, 4, w_init=hk.initializers.RandomNormal())(x, x, x)
 
     model = hk.without_apply_rng(hk.transform(forward))
-    ids = np.array([[3, 0, 8], [7, 7, 1]], np.int32)
+    ids = np.array([[3, 0, 8, 2, 5], [7, 7, 1, 0, 4]], np.int32)
     params = model.init(KEY, ids)
     names = ("key", "linear", "query", "value")
     sites = factored(

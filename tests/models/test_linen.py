@@ -56,17 +56,17 @@ class Convolutional(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.relu(nn.Conv(6, (3, 3), strides=2)(x))
-        x = nn.relu(nn.Conv(6, (3, 3), feature_group_count=3)(x))
+        x = nn.relu(nn.Conv(9, (3, 3), feature_group_count=3)(x))
         x = nn.relu(nn.Conv(4, (2, 2), kernel_dilation=2, padding="VALID")(x))
         x = nn.ConvTranspose(3, (2, 2), strides=(2, 2))(x)
-        return nn.ConvTranspose(3, (2, 2), transpose_kernel=True)(x).mean((1, 2))
+        return nn.ConvTranspose(5, (2, 2), transpose_kernel=True)(x).mean((1, 2))
 
 
 class Einsums(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = nn.DenseGeneral((2, 3))(x)
-        x = nn.Einsum((2, 3, 4), "bhd,hdo->bho")(x)
+        x = nn.Einsum((2, 3, 5), "bhd,hdo->bho")(x)
         return nn.DenseGeneral(5, axis=(-2, -1))(x)
 
 
@@ -134,12 +134,12 @@ MODELS: dict[str, tuple[Any, Any, list[str]]] = {
     "dense": (nn.Dense(5), (4, 6), ["kernel"]),
     "dense general, einsum": (
         Einsums(),
-        (4, 6),
+        (7, 6),
         ["DenseGeneral_0/kernel", "DenseGeneral_1/kernel", "Einsum_0/kernel"],
     ),
     "convolutions": (
         Convolutional(),
-        (2, 8, 8, 2),
+        (7, 8, 8, 3),
         [f"{kind}_{k}/kernel" for kind, n in (("Conv", 3), ("ConvTranspose", 2)) for k in range(n)],
     ),
     "tied embedding": (Tied(), IDS, ["Dense_0/kernel", "Embed_0/embedding"]),
@@ -152,15 +152,15 @@ MODELS: dict[str, tuple[Any, Any, list[str]]] = {
     "rematerialised": (nn.remat(nn.Dense)(5), (4, 6), ["kernel"]),
     "vision transformer": (
         VisionTransformer(),
-        (2, 8, 8, 3),
+        (7, 8, 8, 3),
         [
             "head/kernel",
             "patches/kernel",
             *(f"block/{path}" for path in _BLOCK),
         ],
     ),
-    "ensemble": (Ensemble(), (4, 6), ["members/kernel"]),
-    "ensemble, an input each": (Ensemble(shared_input=False), (4, 6), ["members/kernel"]),
+    "ensemble": (Ensemble(), (4, 7), ["members/kernel"]),
+    "ensemble, an input each": (Ensemble(shared_input=False), (4, 7), ["members/kernel"]),
 }
 
 
@@ -196,7 +196,7 @@ def test_lstm(normal: Any, check_model: Any, factored: Any, drawn: Any) -> None:
 
 def test_resnet(normal: Any, check_model: Any, factored: Any, drawn: Any) -> None:
     """Batch statistics are an argument, and those of the adapted model come back."""
-    model, x = ResNet(), normal(4, 6, 6, 2)
+    model, x = ResNet(), normal(7, 6, 6, 5)
     variables = drawn(jax.eval_shape(lambda: model.init(KEY, x, False)))
 
     def fun(params: Any, stats: Any, x: Any) -> Any:

@@ -13,7 +13,7 @@ nnx = pytest.importorskip("flax.nnx")
 
 class Perceptron(nnx.Module):
     def __init__(self, rngs: Any):
-        self.up, self.down = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+        self.up, self.down = nnx.Linear(7, 8, rngs=rngs), nnx.Linear(8, 7, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         return x + self.down(nnx.gelu(self.up(x)))
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
 class Convolutional(nnx.Module):
     def __init__(self, rngs: Any):
         self.conv = nnx.Conv(3, 6, (3,), strides=2, rngs=rngs)
-        self.grouped = nnx.Conv(6, 6, (3,), feature_group_count=3, rngs=rngs)
+        self.grouped = nnx.Conv(6, 9, (3,), feature_group_count=3, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         return self.grouped(nnx.relu(self.conv(x)))
@@ -73,14 +73,14 @@ def test_perceptron(normal: Any, check_model: Any, factored: Any) -> None:
     fun, params = _split(Perceptron(nnx.Rngs(0)))
     sites = dict.fromkeys(_kernels(params), ())
     assert len(sites) == 2
-    check_model(fun, params, normal(4, 6), sites=sites)
+    check_model(fun, params, normal(4, 7), sites=sites)
 
 
 def test_convolutions(normal: Any, check_model: Any) -> None:
     fun, params = _split(Convolutional(nnx.Rngs(0)))
     sites = dict.fromkeys(_kernels(params), ())
     assert len(sites) == 2
-    check_model(fun, params, normal(2, 6, 3), sites=sites)
+    check_model(fun, params, normal(5, 6, 3), sites=sites)
 
 
 def test_attention_and_batch_statistics(normal: Any, check_model: Any) -> None:
@@ -104,7 +104,7 @@ def test_attention_and_batch_statistics(normal: Any, check_model: Any) -> None:
 def test_scan_over_layers(normal: Any, check_model: Any) -> None:
     fun, params = _split(Scanned(nnx.Rngs(0)))
     sites = dict.fromkeys(_kernels(params), ())
-    adapter = check_model(fun, params, normal(4, 6), sites=sites)
+    adapter = check_model(fun, params, normal(4, 7), sites=sites)
     assert len(adapter) == 2
     assert {f.layout.stack_axes for f in adapter.values()} == {(0,)}
 

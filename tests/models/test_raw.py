@@ -27,7 +27,7 @@ def _routed(p: Any, x: Any) -> Any:
     """A mixture of experts: a router, the chosen experts by ragged products, and its weight."""
     probabilities = jax.nn.softmax(x @ p["router"])
     order = jnp.argsort(jnp.argmax(x @ jnp.ones((8, 3), x.dtype) + jnp.arange(3.0), axis=1))
-    sizes = jnp.array([1, 0, 3], jnp.int32)
+    sizes = jnp.array([1, 0, 6], jnp.int32)
     hidden = jnp.tanh(lax.ragged_dot(jnp.take(x, order, axis=0), p["up"], sizes))
     return lax.ragged_dot(hidden, p["down"], sizes) * probabilities[:, :1]
 
@@ -101,7 +101,7 @@ FACTORED: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Any], Any]] 
     "experts by ragged_dot": (
         {"router": (8, 3), "up": (3, 8, 5), "down": (3, 5, 8)},
         _routed,
-        (4, 8),
+        (7, 8),
     ),
     "experts by index": (STACK, _dispatched, (4, 8)),
     "sum with a term of no input": (W, _with_a_term, (4, 8)),
