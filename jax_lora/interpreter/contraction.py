@@ -7,6 +7,7 @@ shardings are part of the types, those of ``dot_general`` alone are named.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from string import ascii_letters
@@ -59,10 +60,8 @@ def low_rank_einsum(
     Returns:
         The update of the contraction's result, to be added to ``x W``.
     """
-    dtype = wider(x.dtype, weight.dtype)
-    x = x.astype(dtype)
     factors = [
-        (f.astype(dtype), [_RANK_LETTER if i == RANK else weight_letters[i] for i in axes])
+        (f, [_RANK_LETTER if i == RANK else weight_letters[i] for i in axes])
         for f, axes in weight.factors()
     ]
     size: dict[str, int] = dict(zip(x_letters, x.shape, strict=True))
@@ -89,14 +88,47 @@ def low_rank_einsum(
         out_sharding = NamedSharding(
             out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
         )
-    hidden = jnp.einsum(
-        _spec(x_letters, near, kept), x, near_factor, out_sharding=hidden_sharding, **options
+    return _two_products(
+        x,
+        near_factor,
+        far_factor,
+        weight.scale,
+        dtype=wider(x.dtype, weight.dtype),
+        specs=(_spec(x_letters, near, kept), _spec(kept, far, reached_out)),
+        out_shardings=(hidden_sharding, out_sharding),
+        new_axes=tuple(k for k, n in enumerate(out_letters) if n not in reached_out),
+        **options,
     )
-    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    out = jnp.einsum(
-        _spec(kept, far, reached_out), hidden, far_factor, out_sharding=out_sharding, **options
-    )
-    return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
+
+
+# Compiled together with what is around it; a function of its own, so that the layers of a model
+# whose weights have the same shape are traced and differentiated once.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("dtype", "specs", "out_shardings", "new_axes"),
+        *("precision", "preferred_element_type"),
+    ),
+    inline=True,
+)
+def _two_products(
+    x: jax.Array,
+    near: jax.Array,
+    far: jax.Array,
+    scale: jax.Array,
+    *,
+    dtype: Any,
+    specs: tuple[str, str],
+    out_shardings: tuple[NamedSharding | None, NamedSharding | None],
+    new_axes: tuple[int, ...],
+    **options: Any,
+) -> jax.Array:
+    """``scale * (x near) far``."""
+    x, near, far = (v.astype(dtype) for v in (x, near, far))
+    hidden = jnp.einsum(specs[0], x, near, out_sharding=out_shardings[0], **options)
+    hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
+    out = jnp.einsum(specs[1], hidden, far, out_sharding=out_shardings[1], **options)
+    return jnp.expand_dims(out, new_axes)
 
 
 def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
@@ -199,20 +231,30 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         kernel,
         **{name: params[name] for name in _CONV_PARAMS},
     )
-    feature = numbers.out_spec[1]
-    hidden = jnp.moveaxis(hidden, feature, -1) * weight.scale.astype(hidden.dtype)
-    rank = kernel.shape[out_axis] // groups
-    hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
+    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
     last = jnp.transpose(far[0].astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
-    last = last.reshape(rank, groups, -1)
-    update = jnp.einsum(
-        "...gr,rgo->...go",
-        hidden,
-        last,
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
-    update = jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
+    if groups == 1:
+        # A window of one pixel: unlike a matrix product it needs no transposition, whatever the
+        # order of the axes, and its derivatives need none either.
+        pixel = jnp.expand_dims(last, range(2, weight.ndim))
+        order = [(in_axis, out_axis, *window).index(i) for i in range(weight.ndim)]
+        update = lax.conv_general_dilated(
+            hidden,
+            jnp.transpose(pixel, order),
+            (1,) * len(window),
+            "VALID",
+            dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec),
+            **options,
+        )
+    else:
+        # Convolutions by groups are slow, and so are their derivatives.
+        feature = numbers.out_spec[1]
+        hidden = jnp.moveaxis(hidden, feature, -1)
+        hidden = hidden.reshape(*hidden.shape[:-1], groups, -1)
+        last = last.reshape(last.shape[0], groups, -1)
+        update = jnp.einsum("...gr,rgo->...go", hidden, last, **options)
+        update = jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]
 
