@@ -69,7 +69,7 @@ def test_what_it_prints(engine: ModuleType) -> None:
     assert (spread.low, spread.median, spread.high) == (2.5, 3.0, 3.5)
     assert str(spread) == "3.00 (2.50-3.50)"
     counts = {"stablehlo_lines": 9.0, "dot_generals": 2.0, "flops": 8.0, "temp_bytes": 4.0}
-    built = [engine.Built(0.1, 0.2, 0.3), engine.Built(0.3, 0.4, 0.5)]
+    built = [engine.Built(0.1, 0.2, 0.3, 1.0), engine.Built(0.3, 0.4, 0.5, 2.0)]
     kinds = (engine.PLAIN, engine.HAND, engine.OURS)
     names = ("build, apply / plain", "run, apply / by hand")
     result = engine.Result(
