@@ -272,6 +272,10 @@ class Adapter(Mapping[str, Entry]):
         except KeyError:
             raise KeyError(f"{path!r} is not adapted; {near_misses(path, self._entries)}") from None
 
+    def __contains__(self, path: object) -> bool:
+        # Mapping's own would look for near misses.
+        return path in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

@@ -77,6 +77,19 @@ def test_mapping(adapter: jl.Adapter) -> None:
         adapter["net/l1/kernal"]
 
 
+def test_asking_for_a_path_searches_no_near_misses(
+    adapter: jl.Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`apply` asks for every parameter, and most of a large model's may not be adapted."""
+    searched = []
+    monkeypatch.setattr("jax_lora.adapter.near_misses", lambda *args: searched.append(args))
+    assert "net/l1/bias" not in adapter
+    assert searched == []
+    with pytest.raises(KeyError):
+        adapter["net/l1/bias"]
+    assert len(searched) == 1
+
+
 def test_it_counts_what_is_trained(adapter: jl.Adapter) -> None:
     assert adapter.trainable_params == (4 * 2 + 2 * 3) + 5 * (6 * 2 + 2 * 4)
     assert adapter.nbytes == 4 * (adapter.trainable_params + 2)  # and two scales

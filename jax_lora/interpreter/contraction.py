@@ -8,6 +8,7 @@ shardings are part of the types, an update has that of the product it is added t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from string import ascii_letters
@@ -61,10 +62,8 @@ def low_rank_einsum(
     Returns:
         The update of the contraction's result, to be added to ``x W``.
     """
-    dtype = wider(x.dtype, weight.dtype)
-    x = x.astype(dtype)
     factors = [
-        (f.astype(dtype), [_RANK_LETTER if i == RANK else weight_letters[i] for i in axes])
+        (f, [_RANK_LETTER if i == RANK else weight_letters[i] for i in axes])
         for f, axes in weight.factors()
     ]
     size: dict[str, int] = dict(zip(x_letters, x.shape, strict=True))
@@ -91,14 +90,47 @@ def low_rank_einsum(
         out_sharding = NamedSharding(
             out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
         )
-    hidden = jnp.einsum(
-        _spec(x_letters, near, kept), x, near_factor, out_sharding=hidden_sharding, **options
+    return _two_products(
+        x,
+        near_factor,
+        far_factor,
+        weight.scale,
+        dtype=wider(x.dtype, weight.dtype),
+        specs=(_spec(x_letters, near, kept), _spec(kept, far, reached_out)),
+        out_shardings=(hidden_sharding, out_sharding),
+        new_axes=tuple(k for k, n in enumerate(out_letters) if n not in reached_out),
+        **options,
     )
-    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    out = jnp.einsum(
-        _spec(kept, far, reached_out), hidden, far_factor, out_sharding=out_sharding, **options
-    )
-    return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
+
+
+# Compiled together with what is around it; a function of its own, so that the layers of a model
+# whose weights have the same shape are traced and differentiated once.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("dtype", "specs", "out_shardings", "new_axes"),
+        *("precision", "preferred_element_type"),
+    ),
+    inline=True,
+)
+def _two_products(
+    x: jax.Array,
+    near: jax.Array,
+    far: jax.Array,
+    scale: jax.Array,
+    *,
+    dtype: Any,
+    specs: tuple[str, str],
+    out_shardings: tuple[NamedSharding | None, NamedSharding | None],
+    new_axes: tuple[int, ...],
+    **options: Any,
+) -> jax.Array:
+    """``scale * (x near) far``."""
+    x, near, far = (v.astype(dtype) for v in (x, near, far))
+    hidden = jnp.einsum(specs[0], x, near, out_sharding=out_shardings[0], **options)
+    hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
+    out = jnp.einsum(specs[1], hidden, far, out_sharding=out_shardings[1], **options)
+    return jnp.expand_dims(out, new_axes)
 
 
 def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
@@ -273,6 +305,7 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         )
     dtype = wider(x.dtype, weight.dtype)
     x = interpreter.dropped(x, weight)
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
 
     def update(x: jax.Array, first: jax.Array, last: jax.Array, scale: jax.Array) -> jax.Array:
         # The first factor as a kernel whose out-features are the rank. All groups share it, so they
@@ -283,19 +316,29 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
             jnp.transpose(first.astype(dtype), order),
             **{name: params[name] for name in _CONV_PARAMS},
         )
-        outer = numbers.out_spec[:2]
-        hidden = jnp.moveaxis(hidden, outer, (0, -1)) * scale.astype(hidden.dtype)
-        hidden = hidden.astype(dtype).reshape(-1, groups, *hidden.shape[1:])
-        hidden = jnp.moveaxis(hidden, 1, -2)
+        hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
         last = jnp.transpose(last.astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
-        added = jnp.einsum(
-            "...gr,rgo->...go",
-            hidden,
-            last.reshape(last.shape[0], groups, -1),
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-        )
-        added = jnp.moveaxis(added.reshape(*added.shape[:-2], -1), (0, -1), outer)
+        if groups == 1:
+            # A window of one pixel: unlike a matrix product it needs no transposition, whatever the
+            # order of the axes, and its derivatives need none either.
+            pixel = jnp.expand_dims(last, range(2, weight.ndim))
+            order = [(in_axis, out_axis, *window).index(i) for i in range(weight.ndim)]
+            added = lax.conv_general_dilated(
+                hidden,
+                jnp.transpose(pixel, order),
+                (1,) * len(window),
+                "VALID",
+                dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec),
+                **options,
+            )
+        else:
+            # Convolutions by groups are slow, and so are their derivatives.
+            outer = numbers.out_spec[:2]
+            hidden = jnp.moveaxis(hidden, outer, (0, -1))
+            hidden = jnp.moveaxis(hidden.reshape(-1, groups, *hidden.shape[1:]), 1, -2)
+            last = last.reshape(last.shape[0], groups, -1)
+            added = jnp.einsum("...gr,rgo->...go", hidden, last, **options)
+            added = jnp.moveaxis(added.reshape(*added.shape[:-2], -1), (0, -1), outer)
         return added.astype(out.dtype)
 
     interpreter.factored(weight, eqn)

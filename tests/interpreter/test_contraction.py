@@ -377,23 +377,27 @@ def test_a_convolution_reaches_the_rank_first(normal: Any, filled: Any) -> None:
     adapter = _adapter_for_all(fun, params, x, filled=filled)
     jaxpr = jax.make_jaxpr(jl.apply(fun, strict=True))(params, adapter, x).jaxpr
     convs = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
-    assert [tuple(e.invars[1].aval.shape) for e in convs] == [(3, 3, 16, 24), (3, 3, 16, 2)]
-    (dot,) = _dots(jaxpr)
-    assert sorted(dot.outvars[0].aval.shape) == [1, 2, 8, 8, 24]
+    kernels = [tuple(e.invars[1].aval.shape) for e in convs]
+    assert kernels == [(3, 3, 16, 24), (3, 3, 16, 2), (1, 1, 2, 24)]
+    assert _dots(jaxpr) == []
 
 
-def test_a_convolution_keeps_precision_and_accumulation(normal: Any, filled: Any) -> None:
-    fun = _convolution(
-        {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}, 1
-    )
-    params, x = {"w": normal(5, 4, 3).astype(jnp.bfloat16)}, normal(2, 4, 7).astype(jnp.bfloat16)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_keeps_precision_and_accumulation(
+    groups: int, normal: Any, filled: Any
+) -> None:
+    options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    fun = _convolution(options | {"feature_group_count": groups}, 1)
+    params = {"w": normal(6, 4 // groups, 3).astype(jnp.bfloat16)}
+    x = normal(2, 4, 7).astype(jnp.bfloat16)
     adapter = _adapter_for_all(fun, params, x, filled=filled)
     jaxpr = jax.make_jaxpr(jl.apply(fun, strict=True))(params, adapter, x).jaxpr
     products = [
         e for e in jaxpr.eqns if "conv" in e.primitive.name and "dilated" in e.primitive.name
     ]
-    assert len(products) == 2
-    for eqn in (*products, *_dots(jaxpr)):
+    products += _dots(jaxpr)
+    assert len(products) == 3
+    for eqn in products:
         assert eqn.params["preferred_element_type"] == jnp.float32
         assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
 
