@@ -126,10 +126,13 @@ class Entry(abc.ABC):
         TRAINED: The names of the trained fields.
         LINEAR: Whether the update depends on the entry alone, in proportion to its ``scale``. If
             not, it depends on the parameter too, and the algebra has to be given that.
+        WHOLE: Whether values of the parameter itself are trained, so that it has no strength and no
+            dropout.
     """
 
     TRAINED: ClassVar[frozenset[str]] = frozenset()
     LINEAR: ClassVar[bool] = True
+    WHOLE: ClassVar[bool] = False
 
     layout: Layout
 
@@ -202,9 +205,14 @@ class Variant(Entry):
         """Multiply-adds of each evaluation, apart from those of each row of the input."""
         return 0
 
+    @property
+    def settings(self) -> Settings:
+        """As far as it can be told from the entry: what it has been made from."""
+        return Settings(self.shape, getattr(self, "layout", None), self.rank)
+
     def problems(self) -> list[str]:
         """What is wrong with the arrays' shapes; empty if nothing is."""
-        settings = Settings(self.shape, getattr(self, "layout", None), self.rank)
+        settings = self.settings
         found = {name: tuple(x.shape) for name, x in self.arrays().items()}
         expected = {name: x for name, x in self.shapes(settings).items() if name in found}
         shapes = tuple(found[name] for name in expected)
@@ -340,6 +348,21 @@ def param_key(key: jax.Array, path: str) -> jax.Array:
     """A PRNG key that depends on the parameter's path alone, not on which others there are."""
     digest = hashlib.sha256(path.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+
+
+def check_plain(adapter: Adapter) -> None:
+    """Refuse an adapter for a single call, such as one with dropout.
+
+    Raises:
+        AdapterError: Names its entries.
+    """
+    expect_type("an adapter", adapter, Adapter)
+    odd = [path for path, entry in adapter.items() if not isinstance(entry, Variant)]
+    if odd:
+        raise AdapterError(
+            f"expected the adapter itself, got one for a single call: {adapter[odd[0]]} at "
+            f"{', '.join(odd)}; use the adapter that went into `dropout`"
+        )
 
 
 def check_fits(params: Any, adapter: Adapter) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import Adapter, Entry, check_fits, leaves_by_path, path_of
+from jax_lora.adapter import Adapter, Entry, check_fits, check_plain, leaves_by_path, path_of
 from jax_lora.errors import AdapterError, ConfigError
 from jax_lora.lowrank import product, working_dtype
 from jax_lora.rules import matching_paths
@@ -29,7 +29,7 @@ def merge(params: Any, adapter: Adapter) -> Any:
         sum is formed in the wider of the weight's and the factors' dtype and rounded once.
 
     Raises:
-        AdapterError: The adapter does not fit the parameters.
+        AdapterError: The adapter does not fit the parameters, or is one with dropout.
 
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
@@ -38,6 +38,7 @@ def merge(params: Any, adapter: Adapter) -> Any:
         >>> merge({"w": jnp.zeros((2, 2))}, jl.Adapter({"w": factors}))["w"].tolist()
         [[0.5, 0.5], [0.5, 0.5]]
     """
+    check_plain(adapter)
     check_fits(params, adapter)
 
     def fold(key_path: Any, leaf: Any) -> Any:
@@ -104,6 +105,7 @@ def delta(adapter: Adapter, params: Any = None) -> dict[str, jax.Array]:
         >>> delta(jl.Adapter({"w": factors}))["w"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
+    check_plain(adapter)
     if params is not None:
         check_fits(params, adapter)
     leaves = {} if params is None else leaves_by_path(params)
@@ -113,7 +115,8 @@ def delta(adapter: Adapter, params: Any = None) -> dict[str, jax.Array]:
             a, b = factor_matrices(path, entry)
             updates[path] = entry.layout.weight(product(a, b))
         else:
-            w = leaves[path].astype(working_dtype(leaves[path].dtype))
+            dtypes = (x.dtype for x in entry.trained().values())
+            w = leaves[path].astype(working_dtype(leaves[path].dtype, *dtypes))
             updates[path] = _formed(entry, w, path) - w
     return updates
 
@@ -148,6 +151,7 @@ def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
         >>> float(scale(jl.Adapter({"w": factors}), 0.25)["w"].scale)
         0.5
     """
+    check_plain(adapter)
     value = jnp.asarray(factor)
 
     def scaled(path: str, factors: Any) -> Any:
@@ -185,6 +189,7 @@ def negate(adapter: Adapter) -> Adapter:
     References:
         Ilharco et al. 2022, Editing Models with Task Arithmetic, arXiv:2212.04089.
     """
+    check_plain(adapter)
     for path, entry in adapter.items():
         _check_proportional(path, entry)
     opposite: dict[str, Any] = dict(adapter)

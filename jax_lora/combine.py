@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import Adapter, Entry, check_fits, leaves_by_path, param_key
+from jax_lora.adapter import (
+    Adapter,
+    Entry,
+    check_fits,
+    check_plain,
+    leaves_by_path,
+    param_key,
+)
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
     Approximation,
@@ -120,6 +127,8 @@ def combine(
     """
     _check_arguments(adapters, method, rank, density, key)
     values = _check_weights(weights, len(adapters))
+    for adapter in adapters:
+        check_plain(adapter)
     _check_layouts(adapters)
     if params is not None:
         for adapter in adapters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import RANK, Adapter, Entry, param_key
-from jax_lora.errors import ConfigError, expect_type, near_misses
+from jax_lora.adapter import RANK, Adapter, Entry, check_plain, param_key
+from jax_lora.errors import ConfigError, near_misses
 from jax_lora.virtual import Drop, LoraWeight
 
 
@@ -38,7 +39,9 @@ def dropout(adapter: Adapter, key: jax.Array, rates: float | Mapping[str, float]
         adapter that went in.
 
     Raises:
-        ConfigError: A rate outside [0, 1), or one for a path that is not adapted.
+        ConfigError: A rate outside [0, 1), or one for a path that is not adapted or trained whole;
+            or no key.
+        AdapterError: The adapter has dropout already.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -56,21 +59,29 @@ def dropout(adapter: Adapter, key: jax.Array, rates: float | Mapping[str, float]
         Srivastava et al. 2014, Dropout, JMLR 15(56). Hu et al. 2021, arXiv:2106.09685, whose code
         has it at this place.
     """
-    expect_type("an adapter", adapter, Adapter)
+    check_plain(adapter)
     named = rates if isinstance(rates, Mapping) else dict.fromkeys(adapter, rates)
     unknown = [path for path in named if path not in adapter]
     if unknown:
         near = "; ".join(f"{path!r} ({near_misses(path, adapter)})" for path in unknown)
         raise ConfigError(f"expected rates for adapted parameters, got others: {near}")
     for path, rate in named.items():
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
+        number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+        if not number or not 0 <= rate < 1:
             raise ConfigError(f"{path}: expected a rate of dropout in [0, 1), got {rate!r}")
+        if isinstance(rates, Mapping) and rate > 0 and adapter[path].WHOLE:
+            raise ConfigError(
+                f"{path}: expected no dropout for what is trained whole, as there is no input to "
+                f"drop; got the rate {rate!r}"
+            )
+    if not hasattr(key, "dtype"):
+        raise ConfigError(f"expected a JAX PRNG key, another one for every step; got {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 
     def dropped(path: str, entry: Entry) -> Entry:
         rate = float(named.get(path, 0))
-        if rate == 0 or not hasattr(entry, "layout"):
+        if rate == 0 or entry.WHOLE:
             return entry
         stack = entry.layout.stack
         keys = jax.random.split(param_key(key, path), int(np.prod(stack, dtype=int)))

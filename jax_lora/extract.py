@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import Adapter, Entry, Layout, leaves_by_path
+from jax_lora.adapter import Adapter, Entry, Layout, check_plain, leaves_by_path
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
     Approximation,
@@ -26,7 +26,6 @@ from jax_lora.variants import (
     DoraFactors,
     FullValue,
     LoraFactors,
-    RowValues,
     factor_matrices,
     from_matrices,
 )
@@ -36,7 +35,7 @@ class HasLayout(Protocol):
     """What knows the layout of a weight: an entry of an adapter, a target of a plan."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Layout | None:
         """The roles of the weight's axes."""
         ...
 
@@ -62,7 +61,7 @@ def extract(
         base: The parameters before.
         tuned: The parameters after, of the same tree and shapes; dtypes may differ.
         layouts: The weights to extract, with the roles of their axes: ``plan.targets``, an adapter,
-            or `Layout` by path.
+            or `Layout` by path. What is trained whole there is so in the result.
         rank: The rank for every weight; above min(in, out) it is padded with zeros.
         energy: Instead of ``rank``, the share to keep, in (0, 1].
         ignore: Globs of parameters outside ``layouts`` that may differ; they are not compared.
@@ -101,13 +100,17 @@ def extract(
             f"got {energy!r}"
         )
     before, after = leaves_by_path(base), leaves_by_path(tuned)
-    known = {p: x if isinstance(x, Layout) else x.layout for p, x in layouts.items()}
+    known = {path: _layout_of(x) for path, x in layouts.items()}
     _check_trees(before, after, known, ignore)
     entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
     for path, layout in sorted(known.items()):
         old, new = jnp.asarray(before[path]), jnp.asarray(after[path])
         dtype = working_dtype(old.dtype, new.dtype)
+        if layout is None:
+            entries[path] = FullValue(new.astype(dtype), tuple(new.shape))
+            errors[path] = jnp.zeros((), dtype)
+            continue
         difference = layout.matrices(new.astype(dtype) - old.astype(dtype))
         kept = _rank_of_energy(difference, energy) if rank is None else rank
         a, b, errors[path] = truncate(*dense_factors(difference), kept)
@@ -153,10 +156,11 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
         ((1, 3), 0.7071)
     """
     check_rank(rank)
+    check_plain(adapter)
     entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
     for path, entry in adapter.items():
-        if isinstance(entry, (FullValue, RowValues)):
+        if entry.WHOLE:
             entries[path], errors[path] = entry, jnp.zeros((), jnp.float32)
             continue
         inner = entry
@@ -182,6 +186,14 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
     return Approximation(Adapter(entries), errors)
 
 
+def _layout_of(known: Layout | HasLayout) -> Layout | None:
+    """The roles of a weight's axes; None if it is to be a value trained whole."""
+    if isinstance(known, Layout):
+        return known
+    whole = isinstance(known, FullValue) or getattr(known, "variant", "") == FullValue.NAME
+    return None if whole else known.layout
+
+
 def _rank_of_energy(matrices: jax.Array, energy: Any) -> int:
     """The smallest rank, at least 1, that keeps this share of the squared singular values."""
     if isinstance(matrices, jax.core.Tracer):
@@ -197,7 +209,7 @@ def _rank_of_energy(matrices: jax.Array, energy: Any) -> int:
 def _check_trees(
     before: dict[str, Any],
     after: dict[str, Any],
-    layouts: dict[str, Layout],
+    layouts: Mapping[str, Layout | None],
     ignore: str | Sequence[str],
 ) -> None:
     """Every parameter is in both trees, of one shape, and extracted, ignored or the same."""
@@ -211,7 +223,8 @@ def _check_trees(
             continue
         old, new = before[path], after[path]
         if path in layouts:
-            expected, found = layouts[path].shape, (tuple(np.shape(old)), tuple(np.shape(new)))
+            found, layout = (tuple(np.shape(old)), tuple(np.shape(new))), layouts[path]
+            expected = found[0] if layout is None else layout.shape
             if found != (expected, expected):
                 problems.append(f"{path}: expected shape {expected}, got {found[0]}, {found[1]}")
             elif not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (old, new)):

@@ -137,7 +137,7 @@ def select(
                     f"{path}: {tally.label} cannot take some of its layers, as they are stacked "
                     f"in one parameter of shape {list(leaf.shape)}; leave out layers="
                 )
-            elif hindrance or (hindrance := tally.rows_problem(layout)):
+            elif hindrance or (hindrance := tally.rows_problem(layout, uses[path])):
                 problems.append(f"{path}: matched by {tally.rule.name!r} but {hindrance}")
             else:
                 targets[path] = tally.target(path, leaf, layout, uses[path])
@@ -197,7 +197,7 @@ class _Tally:
     def target(self, path: str, leaf: Any, layout: Layout | None, uses: tuple[Use, ...]) -> Target:
         """One more target."""
         settings, entry = self.settings, VARIANTS[self.variant]
-        low_rank = self.variant not in ("full", "rows")
+        low_rank = not entry.WHOLE
         self.targets.append(
             Target(
                 path,
@@ -218,13 +218,16 @@ class _Tally:
         )
         return self.targets[-1]
 
-    def rows_problem(self, layout: Layout | None) -> str:
+    def rows_problem(self, layout: Layout | None, uses: tuple[Use, ...]) -> str:
         """Why the rule's rows cannot be trained in a parameter; empty if they can."""
         rows = self.rule.rows
         if rows is None or layout is None:
             return ""
         if len(layout.in_axes) != 1:
             return f"it has no rows: its in-axes are {layout.in_axes}"
+        if all(use.primitive != "gather" or use.in_axes != layout.in_axes for use in uses):
+            # In a head that is not tied to a table, a token has a column.
+            return "the function never looks up its rows"
         beyond = [k for k in rows if k >= layout.fan_in]
         return f"it has {layout.fan_in} rows, and none of {spans(beyond)}" if beyond else ""
 
@@ -232,7 +235,9 @@ class _Tally:
         """Values of the rule that do not go together."""
         problems = []
         inits, init = VARIANTS[self.variant].INITS, self.settings.init
-        if init not in inits and (inits or init != LoraConfig.init) and not self.rule.rows:
+        # A configuration's init is not for the other variant that a rule has.
+        meant = self.rule.init is not None or (self.rule.variant is None and not self.rule.rows)
+        if meant and init not in inits and (inits or init != LoraConfig.init):
             how = f"one of {', '.join(inits)}" if inits else "none, as it has a start of its own"
             problems.append(
                 f"{self.label}: expected init for variant {self.variant!r} to be {how}; "
@@ -243,11 +248,15 @@ class _Tally:
                 f"{self.label}: expected a positive alpha with init {init!r}, which divides by the "
                 f"scale; got alpha={self.settings.alpha}"
             )
-        if self.rule.dropout and self.variant in ("full", "rows"):
-            problems.append(
-                f"{self.label}: expected no dropout for what is trained whole, as there is no "
-                f"input to drop; got dropout={self.rule.dropout}"
-            )
+        if VARIANTS[self.variant].WHOLE:
+            # A configuration's are for its other targets.
+            unused = ("rank", "alpha", "scaling", "dropout")
+            problems += [
+                f"{self.label}: expected no {name} for what is trained whole, as there is no "
+                f"update beside it; got {name}={value!r}"
+                for name, value in self.rule.overrides.items()
+                if name in unused
+            ]
         return problems
 
     def outside(self, path: str) -> str:

@@ -193,17 +193,18 @@ def _layer_row(
 
 
 def _adapter_row(path: str, adapter: Any, uses: tuple[Use, ...]) -> Row:
-    factors = adapter[path]
-    layout, rank = factors.layout, factors.rank
+    entry = adapter[path]
+    settings, trained = entry.settings, entry.trained().values()
+    rank, inner = entry.rank, entry.inner_rank(settings)
+    extra = low_rank_multiply_adds(settings.layout, inner, uses) if inner else 0
     use = next((use for use in uses if use.in_axes), uses[0] if uses else None)
     return Row(
-        name=f"  + lora {path.rpartition('/')[2]}, rank {rank}",
+        name=f"  + {entry.NAME} {path.rpartition('/')[2]}" + (f", rank {rank}" if rank else ""),
         input_shape=use.input_shape if use else None,
         output_shape=use.output_shape if use else None,
-        params=math.prod(factors.a.shape) + math.prod(factors.b.shape),
+        params=sum(math.prod(x.shape) for x in trained),
         trained=True,
-        multiply_adds=low_rank_multiply_adds(layout, rank, uses),
+        multiply_adds=extra + entry.multiply_adds(settings),
         output_bytes=use.output_bytes if use else 0,
-        param_bytes=math.prod(factors.a.shape) * np.dtype(factors.a.dtype).itemsize
-        + math.prod(factors.b.shape) * np.dtype(factors.b.dtype).itemsize,
+        param_bytes=sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in trained),
     )

@@ -116,6 +116,8 @@ class LoraWeight:
     def materialize(self) -> jax.Array:
         """``W * gain + scale * a b`` as an array of ``W``'s dtype, summed in the wider dtype."""
         wide = wider(self.w.dtype, self.a.dtype)
+        if self.gain is not None:
+            wide = wider(wide, self.gain.dtype)
         w = self.w.astype(wide)
         if self.gain is not None:
             w = aligned(self.gain.astype(wide), self.gain_axes, range(self.ndim)) * w

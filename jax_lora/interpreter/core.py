@@ -200,7 +200,8 @@ class Interpreter:
 
     def jit(self, closed_jaxpr: Any, name: str, treedef: Any, build: Callable[[], Any]) -> Any:
         """One compiled function per inner jaxpr, so that a function called twice is traced once."""
-        key = (id(closed_jaxpr), treedef)
+        # Dropout has another mask at each use, so what has been used so far matters to it.
+        key = (id(closed_jaxpr), treedef, frozenset(self._uses.items()))
         if key not in self._jits:
             # The jaxpr is kept alive beside the function: an id may be reused after collection.
             function = build()

@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - it is a dependency of
 
 from jax_lora.adapter import Adapter, Layout, Variant, check_fits, leaves_by_path
 from jax_lora.config import LoraConfig
-from jax_lora.errors import CheckpointError, expect_type
+from jax_lora.errors import CheckpointError, JaxLoraError, expect_type
 from jax_lora.variants import VARIANTS
 
 _ADAPTER, _PARAMS = "jax_lora.adapter", "jax_lora.params"
@@ -128,9 +128,14 @@ def load_adapter(
     if document["version"] == 1:
         static = {path: {"layout": layout} for path, layout in document["layouts"].items()}
         document["entries"] = {path: {"variant": "lora", **s} for path, s in static.items()}
-    entries = {path: _entry(arrays[path], kept) for path, kept in document["entries"].items()}
-    adapter = Adapter(entries)
-    config = LoraConfig.from_json(document["lora"]) if document["lora"] else None
+    adapter = Adapter(_entries(folder, arrays, document["entries"]))
+    try:
+        config = LoraConfig.from_json(document["lora"]) if document["lora"] else None
+    except JaxLoraError as error:
+        raise CheckpointError(
+            f"{folder}: the configuration cannot be read, a newer jax_lora may have written it: "
+            f"{error}"
+        ) from error
     if params is not None:
         check_fits(params, adapter)
     return adapter, config, document["metadata"]
@@ -144,14 +149,54 @@ def _static(entry: Any) -> dict[str, Any]:
     return {"variant": entry.NAME, **plain}
 
 
-def _entry(arrays: dict[str, Any], kept: dict[str, Any]) -> Variant:
+def _entries(folder: str | Path, arrays: Any, kept: Any) -> dict[str, Variant]:
+    """The entries of these arrays and of what `_static` kept of each.
+
+    Raises:
+        CheckpointError: Names every entry that the arrays do not make, and why.
+    """
+    entries, problems = {}, []
+    for path in sorted({*arrays, *kept}):
+        if path not in arrays or path not in kept:
+            problems.append(f"{path}: only in the item {'arrays' if path in arrays else 'config'}")
+            continue
+        variant = VARIANTS.get(kept[path].get("variant"))
+        if variant is None:
+            problems.append(
+                f"{path}: expected a variant out of {', '.join(VARIANTS)}; found "
+                f"{kept[path].get('variant')!r}"
+            )
+            continue
+        fields = dataclasses.fields(variant)  # type: ignore[arg-type]
+        needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+        found = {*arrays[path], *kept[path]} - {"variant"}
+        if not needed <= found <= {f.name for f in fields}:
+            names = ", ".join(f.name for f in fields)
+            problems.append(
+                f"{path}: expected the fields of {variant.NAME!r}, {names}; found "
+                f"{', '.join(sorted(found))}"
+            )
+            continue
+        try:
+            entries[path] = _entry(variant, arrays[path], kept[path])
+        except (JaxLoraError, TypeError, AttributeError) as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the arrays do not make the adapter, a newer jax_lora may have written it: "
+            + "; ".join(problems)
+        )
+    return entries
+
+
+def _entry(variant: type[Variant], arrays: dict[str, Any], kept: dict[str, Any]) -> Variant:
     """The entry of these arrays and of what `_static` kept."""
     static = {name: x for name, x in kept.items() if name != "variant"}
     if "layout" in static:
         layout = static["layout"]
         static["layout"] = Layout(**{name: tuple(axes) for name, axes in layout.items()})
     static = {name: tuple(x) if isinstance(x, list) else x for name, x in static.items()}
-    return VARIANTS[kept["variant"]](**arrays, **static)
+    return variant(**arrays, **static)
 
 
 def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import RANK, Adapter, Settings, check_fits, leaves_by_path
+from jax_lora.adapter import (
+    RANK,
+    Adapter,
+    Settings,
+    check_fits,
+    check_plain,
+    leaves_by_path,
+)
 from jax_lora.lowrank import dense_factors
 from jax_lora.variants.lora import LoraFactors
 from jax_lora.virtual import wider
@@ -133,6 +140,7 @@ def cache_norms(params: Any, adapter: Adapter) -> Adapter:
     Raises:
         AdapterError: The adapter does not fit the parameters.
     """
+    check_plain(adapter)
     check_fits(params, adapter)
     leaves = leaves_by_path(params)
 

@@ -30,6 +30,7 @@ class FullValue(Variant):
     TRAINED = frozenset({"value"})
     LINEAR = False
     MAX_RANK = False
+    WHOLE = True
 
     value: jax.Array
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -85,7 +86,7 @@ class RowValues(Variant):
 
     Attributes:
         value: ``[*stack, n, *out]``, trained, the parameter's rows at the start.
-        rows: ``[n]``, int32, along the one in-axis.
+        rows: The n rows, along the one in-axis (static: `jax.grad` refuses arrays of integers).
         layout: Which axis of the parameter is which (static).
     """
 
@@ -93,34 +94,47 @@ class RowValues(Variant):
     TRAINED = frozenset({"value"})
     LINEAR = False
     MAX_RANK = False
+    WHOLE = True
 
     value: jax.Array
-    rows: jax.Array
+    rows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
 
     @property
     def rank(self) -> int:
         """The number of rows."""
-        return int(self.rows.shape[-1])
+        return len(self.rows)
 
     @classmethod
     def create(cls, key: jax.Array, w: jax.Array, settings: Settings) -> Self:
         """A copy of the rows, of no narrower dtype than their own."""
-        rows = jnp.asarray(np.array(settings.rows, np.int32))
-        value = _rows_of(w, rows, settings.matrix)
+        value = _rows_of(w, settings.rows, settings.matrix)
         value = value.astype(wider(w.dtype, settings.dtype))
-        return cls(value, rows, settings.matrix)
+        return cls(value, settings.rows, settings.matrix)
 
     @classmethod
     def shapes(cls, settings: Settings) -> dict[str, tuple[int, ...]]:
         """That of the rows."""
-        n = len(settings.rows) or settings.rank
-        return {"value": settings.matrix.b_shape(n), "rows": (n,)}
+        return {"value": settings.matrix.b_shape(len(settings.rows))}
 
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:
         """The number of rows."""
         return len(settings.rows)
+
+    @property
+    def settings(self) -> Settings:
+        """As far as it can be told from the entry: what it has been made from."""
+        return dataclasses.replace(super().settings, rows=self.rows)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the rows, or with the shape of their values."""
+        if len(self.layout.in_axes) != 1:
+            return [f"expected rows along one in-axis, found in-axes {self.layout.in_axes}"]
+        beyond = [k for k in self.rows if not 0 <= k < self.layout.fan_in]
+        if beyond:
+            return [f"expected rows from 0 to {self.layout.fan_in - 1}, found {beyond}"]
+        return super().problems()
 
     def virtual(self, w: jax.Array, path: str) -> Any:
         """``W + a b``."""
@@ -134,18 +148,17 @@ class RowValues(Variant):
 
     def _product(self, w: jax.Array) -> Product:
         layout, dtype = self.layout, self.value.dtype
-        columns = jax.nn.one_hot(self.rows, layout.fan_in, axis=0, dtype=dtype)
+        columns = jax.nn.one_hot(np.array(self.rows), layout.fan_in, axis=0, dtype=dtype)
         a = jnp.broadcast_to(columns, (*layout.stack, *columns.shape))
-        old = jax.lax.stop_gradient(_rows_of(w, self.rows, layout)).astype(dtype)
-        b = self.value - old
+        b = self.value - _rows_of(w, self.rows, layout).astype(dtype)
         return Product(a.reshape(layout.a_shape(self.rank)), b, jnp.ones((), dtype), layout)
 
     def __str__(self) -> str:
         return f"{self.rank} rows"
 
 
-def _rows_of(w: jax.Array, rows: jax.Array, layout: Layout) -> jax.Array:
+def _rows_of(w: jax.Array, rows: tuple[int, ...], layout: Layout) -> jax.Array:
     """``[*stack, n, *out]``: the rows of each matrix of the stack."""
     (axis,) = layout.in_axes
-    taken = jnp.take(w, rows, axis=axis, mode="clip")
+    taken = jnp.take(w, np.array(rows), axis=axis, mode="clip")
     return jnp.transpose(taken, (*layout.stack_axes, axis, *layout.out_axes))

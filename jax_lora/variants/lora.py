@@ -80,6 +80,20 @@ class LoraFactors(Variant):
         a, b = layout.a_shape(settings.rank), layout.b_shape(settings.rank)
         return {"a": a, "b": b, "a0": a, "b0": b}
 
+    def problems(self) -> list[str]:
+        """What is wrong with the arrays' shapes; empty if nothing is."""
+        if (self.a0 is None) != (self.b0 is None):
+            return ["expected a0 and b0, or none of them, found one"]
+        return super().problems()
+
+    @property
+    def settings(self) -> Settings:
+        """As far as it can be told from the entry: what it has been made from."""
+        settings = super().settings
+        if self.a0 is None:
+            return settings
+        return dataclasses.replace(settings, init=next(iter(FROM_WEIGHT)))
+
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:
         """The rank, and twice that with an anchor."""
