@@ -30,6 +30,7 @@ _CONV_PARAMS = (
 
 
 def low_rank_einsum(
+    interpreter: Interpreter,
     x: jax.Array,
     x_letters: Sequence[str],
     weight: LoraWeight,
@@ -46,6 +47,7 @@ def low_rank_einsum(
     has the rank in place of all the axes of one factor and is the smallest array at hand.
 
     Args:
+        interpreter: Puts the two contractions together.
         x: The other operand.
         x_letters: One letter per axis of ``x``; equal letters are the same index.
         weight: The virtual weight, whose ``w`` is not used here.
@@ -89,13 +91,17 @@ def low_rank_einsum(
         out_sharding = NamedSharding(
             out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
         )
-    hidden = jnp.einsum(
-        _spec(x_letters, near, kept), x, near_factor, out_sharding=hidden_sharding, **options
-    )
-    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    out = jnp.einsum(
-        _spec(kept, far, reached_out), hidden, far_factor, out_sharding=out_sharding, **options
-    )
+
+    def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
+        spec = _spec(x_letters, near, kept)
+        return jnp.einsum(spec, x, factor, out_sharding=hidden_sharding, **options)
+
+    def from_rank(hidden: jax.Array) -> jax.Array:
+        hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
+        spec = _spec(kept, far, reached_out)
+        return jnp.einsum(spec, hidden, far_factor, out_sharding=out_sharding, **options)
+
+    out = interpreter.updated(to_rank, x, near_factor, from_rank)
     return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
 
 
@@ -189,6 +195,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     if not gain_first:
         out = _gained(out, out_letters, weight, letters[side])
     update = low_rank_einsum(
+        interpreter,
         interpreter.dropped(x, weight),
         letters[1 - side],
         weight,
@@ -228,27 +235,28 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x = interpreter.dropped(x, weight)
     # The first factor as a kernel whose out-features are the rank, once for each group.
     order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
-    kernel = jnp.transpose(near[0].astype(dtype), order)
-    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
-    hidden = lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel,
-        **{name: params[name] for name in _CONV_PARAMS},
-    )
-    feature = numbers.out_spec[1]
-    hidden = jnp.moveaxis(hidden, feature, -1) * weight.scale.astype(hidden.dtype)
-    rank = kernel.shape[out_axis] // groups
-    hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
+    options = {name: params[name] for name in _CONV_PARAMS}
+    feature, rank = numbers.out_spec[1], near[0].shape[near[1].index(RANK)]
     last = jnp.transpose(far[0].astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
     last = last.reshape(rank, groups, -1)
-    update = jnp.einsum(
-        "...gr,rgo->...go",
-        hidden,
-        last,
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
-    update = jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
+
+    def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
+        kernel = jnp.concatenate([jnp.transpose(factor, order)] * groups, axis=out_axis)
+        return lax.conv_general_dilated(x, kernel, **options)
+
+    def from_rank(hidden: jax.Array) -> jax.Array:
+        hidden = jnp.moveaxis(hidden, feature, -1) * weight.scale.astype(hidden.dtype)
+        hidden = hidden.astype(dtype).reshape(*hidden.shape[:-1], groups, rank)
+        update = jnp.einsum(
+            "...gr,rgo->...go",
+            hidden,
+            last,
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+        return jnp.moveaxis(update.reshape(*update.shape[:-2], -1), -1, feature)
+
+    update = interpreter.updated(to_rank, x.astype(dtype), near[0].astype(dtype), from_rank)
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]
 
@@ -286,8 +294,14 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     a = jnp.transpose(near[0], [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
     b = jnp.transpose(far[0], [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)
-    hidden = lax.ragged_dot(x.astype(dtype), a, group_sizes, **options)
-    hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
-    update = lax.ragged_dot(hidden, b, group_sizes, **options)
+
+    def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, factor, group_sizes, **options)
+
+    def from_rank(hidden: jax.Array) -> jax.Array:
+        hidden = (hidden * weight.scale.astype(hidden.dtype)).astype(dtype)
+        return lax.ragged_dot(hidden, b, group_sizes, **options)
+
+    update = interpreter.updated(to_rank, x.astype(dtype), a, from_rank)
     interpreter.factored(weight, eqn)
     return [out + update.astype(out.dtype)]
