@@ -105,10 +105,7 @@ def init_eva(
     found = principal_inputs(key, fun, params, layouts, counts, batches, passes, oversample)
     ranks = {path: target.rank for path, target in targets.items()}
     if rho > 1:
-        squares = _Summed(functools.partial(_from_inputs, _squares, fun, layouts))
-        one = {path: jnp.ones_like(found[path].directions[..., :1]) for path in layouts}
-        energies = squares(params, batches, one)
-        energies = {path: x.sum((-2, -1)) for path, x in energies.items()}
+        energies = input_energies(fun, params, layouts, batches)
         ranks = _redistributed(targets, found, energies)
 
     entries = dict(fresh)
@@ -175,6 +172,19 @@ def principal_inputs(
         values = jnp.maximum(values[..., ::-1], 0)[..., : counts[path]]
         found[path] = PrincipalInputs(directions, jnp.sqrt(values))
     return found
+
+
+def input_energies(
+    fun: Callable[..., Any], params: Any, layouts: Mapping[str, Layout], batches: Iterable[Any]
+) -> _Arrays:
+    """``|X|^2: [*stack]`` of each weight's inputs: the squares of all singular values, summed."""
+    squares = _Summed(functools.partial(_from_inputs, _squares, fun, layouts))
+    leaves = leaves_by_path(params)
+    ones = {
+        path: jnp.ones((*layout.stack, layout.fan_in, 1), working_dtype(leaves[path].dtype))
+        for path, layout in layouts.items()
+    }
+    return {path: x.sum((-2, -1)) for path, x in squares(params, _kept(batches), ones).items()}
 
 
 def _redistributed(

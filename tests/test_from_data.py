@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,18 @@ import pytest
 from jax import lax
 
 import jax_lora as jl
-from jax_lora.from_data import _from_inputs, _gram, principal_gradients, principal_inputs
+from jax_lora.from_data import (
+    _from_inputs,
+    _gram,
+    input_energies,
+    principal_gradients,
+    principal_inputs,
+)
+
+if hasattr(jax, "enable_x64"):
+    enable_x64 = jax.enable_x64
+else:  # older versions
+    from jax.experimental import enable_x64
 
 RANK = 3
 #: A model, its parameters, batches, and the inputs of each weight by numpy: ``[*stack][rows, in]``.
@@ -81,7 +92,7 @@ def jitted() -> Case:
 
 
 def indexed() -> Case:
-    model, params, batches, inputs = scanned()
+    _, params, batches, inputs = scanned()
 
     def fun(params: Any, x: Any) -> Any:
         def step(k: Any, h: Any) -> Any:
@@ -209,6 +220,15 @@ def _stacked(inputs: Any) -> list[np.ndarray]:
 
 class TestEva:
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_the_energy_is_that_of_all_inputs(self, case: Callable[[], Case]) -> None:
+        model, params, plan, batches, inputs = _planned(case())
+        layouts = {path: target.layout for path, target in plan.targets.items()}
+        found = input_energies(model, params, layouts, batches)
+        for path, wanted in inputs.items():
+            energies = [(x**2).sum() for x in _stacked(wanted)]
+            np.testing.assert_allclose(np.ravel(found[path]), energies, rtol=1e-5)
+
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_is_numpy_s_svd_of_the_inputs(self, case: Callable[[], Case]) -> None:
         model, params, plan, batches, inputs = _planned(case())
         # Neighbouring singular values of patches are closer.
@@ -221,13 +241,13 @@ class TestEva:
         for path, entry in adapter.items():
             assert not np.asarray(entry.b).any()
             columns = _matrices(entry.a, entry.layout, RANK)
-            values = _64(found[path].singular_values).reshape(-1, RANK)
             wanted = _stacked(inputs[path])
             assert len(columns) == len(wanted)
-            for a, s, x in zip(columns, values, wanted, strict=True):
+            for a, x in zip(columns, wanted, strict=True):
                 _, s_64, vt = np.linalg.svd(x, full_matrices=False)
                 assert s_64[RANK] < 0.95 * s_64[RANK - 1]  # a gap, or there is nothing to find
-                np.testing.assert_allclose(s, s_64[:RANK], rtol=1e-4)
+                found = np.linalg.norm(x @ a, axis=0)
+                np.testing.assert_allclose(found, s_64[:RANK], rtol=1e-4)
                 np.testing.assert_allclose(a.T @ a, np.eye(RANK), rtol=0, atol=1e-5)
                 v = vt[:RANK].T
                 assert np.linalg.norm(a - v @ (v.T @ a), 2) < 1e-4  # the sine of the largest angle
@@ -238,6 +258,18 @@ class TestEva:
         eva = jl.init_eva(jax.random.key(0), model, params, plan, batches)["l1"].a
         v = np.linalg.svd(inputs["l1"])[2][:RANK].T
         np.testing.assert_allclose(np.abs(v.T @ _64(eva)), np.eye(RANK), rtol=0, atol=1e-4)
+        found = principal_inputs(
+            jax.random.key(0),
+            model,
+            params,
+            {path: target.layout for path, target in plan.targets.items()},
+            {"l1": RANK, "l2": 99},
+            batches,
+        )
+        assert found["l2"].directions.shape == (20, 20)  # all that there are
+        for path, n in (("l1", RANK), ("l2", 8)):
+            s = np.linalg.svd(inputs[path])[1]
+            np.testing.assert_allclose(found[path].singular_values[:n], s[:n], rtol=1e-4)
         random = np.linalg.qr(_64(jl.init(jax.random.key(0), params, plan)["l1"].a))[0]
         assert np.linalg.norm(random - v @ (v.T @ random), 2) > 0.5
 
@@ -269,7 +301,7 @@ class TestEva:
         )
 
     def test_experts_without_rows_start_orthonormal(self) -> None:
-        model, params, plan, [(x, sizes)], _ = _planned(experts())
+        model, params, plan, [(x, _)], _ = _planned(experts())
         batches = [(x, jnp.array([30, 0, 30], jnp.int32))]
         a = _64(jl.init_eva(jax.random.key(0), model, params, plan, batches)["w"].a)
         assert np.isfinite(a).all()
@@ -314,7 +346,7 @@ class TestEva:
         for path in "vw":
             jax.tree.map(np.testing.assert_array_equal, adapter[path], fresh[path])
         np.testing.assert_array_equal(adapter["d"].magnitude, fresh["d"].magnitude)
-        run = jax.jit(jl.apply(model))(params, {**adapter} and adapter, x)
+        run = jax.jit(jl.apply(model))(params, adapter, x)
         vera = jl.Adapter({"v": adapter["v"]})
         np.testing.assert_array_equal(run, jax.jit(jl.apply(model))(params, vera, x))
 
@@ -411,3 +443,266 @@ class TestEva:
         of_inputs, of_gradient = grown.values()
         assert of_inputs < inputs
         assert of_gradient >= 8 * inputs
+
+
+class TestRedistributedRanks:
+    """Three weights: one that sees a few directions, a stack in between, one that sees many."""
+
+    def case(self) -> tuple[Any, ...]:
+        params = {"few": _weight(16, 16), "layers": _weight(2, 16, 16), "many": _weight(16, 16)}
+        batch = {
+            "few": _spectral(60, 16, decay=0.2),
+            "layers": jnp.stack([_spectral(60, 16, decay=d) for d in (0.5, 0.6)]),
+            "many": _spectral(60, 16, decay=0.8),
+        }
+
+        def model(params: Any, x: Any) -> Any:
+            stacked = jnp.einsum("lni,lio->lno", x["layers"], params["layers"])
+            return x["few"] @ params["few"], stacked, x["many"] @ params["many"]
+
+        config = jl.LoraConfig(rank=2, targets="**")
+        return model, params, jl.plan(model, params, batch, config=config), batch
+
+    def wanted(self, batch: Any, rho: float) -> dict[str, int]:
+        """The rule, by numpy: of all first `2 rho` shares the largest, as many as ranks."""
+        candidates = []
+        for path, x in batch.items():
+            s = np.linalg.svd(_64(x), compute_uv=False).reshape(-1, 16)
+            shares = (s**2 / (s**2).sum(-1, keepdims=True)).mean(0)[: int(2 * rho)]
+            candidates += [(share, path) for share in shares]
+        ranks, budget = dict.fromkeys(batch, 0), 2 + 2 * 2 + 2
+        for _, path in sorted(candidates, reverse=True):
+            cost = 2 if path == "layers" else 1
+            if cost <= budget:
+                ranks[path], budget = ranks[path] + 1, budget - cost
+        return {path: rank for path, rank in ranks.items() if rank}
+
+    @pytest.mark.parametrize("rho", [1.0, 1.5, 2.0, 3.0])
+    def test_are_those_that_explain_most(self, rho: float) -> None:
+        model, params, plan, batch = self.case()
+        adapter = jl.init_eva(jax.random.key(0), model, params, plan, [batch], rho=rho)
+        ranks = {path: entry.rank for path, entry in adapter.items()}
+        assert ranks == self.wanted(batch, rho)
+        assert (ranks == dict.fromkeys(batch, 2)) == (rho == 1)
+        # Each has the first columns of what it had, zeros in b, and the plan's scale.
+        same = jl.init_eva(jax.random.key(0), model, params, plan, [batch])
+        for path, entry in adapter.items():
+            assert entry.problems() == []
+            assert float(entry.scale) == plan.targets[path].scale
+            n = min(entry.rank, 2)
+            inner = np.abs(np.sum(_64(entry.a * 1)[..., :n] * _64(same[path].a)[..., :n], axis=-2))
+            np.testing.assert_allclose(inner, 1, rtol=0, atol=1e-4)
+
+    def test_an_adapter_of_several_ranks_is_saved_and_restored(self, tmp_path: Any) -> None:
+        model, params, plan, batch = self.case()
+        adapter = jl.init_eva(jax.random.key(0), model, params, plan, [batch], rho=2.0)
+        jl.io.save_adapter(tmp_path / "adapter", adapter, plan.config)
+        back, _, _ = jl.io.load_adapter(tmp_path / "adapter", params)
+        jax.tree.map(np.testing.assert_array_equal, back, adapter)
+
+    def test_a_weight_left_with_none_is_not_adapted(self) -> None:
+        params = {"few": _weight(16, 16), "many": _weight(64, 16)}
+        batch = {"few": _spectral(60, 16, decay=0.9), "many": _spectral(90, 64, decay=1.0)}
+
+        def model(params: Any, x: Any) -> Any:
+            return x["few"] @ params["few"], x["many"] @ params["many"]
+
+        plan = jl.plan(model, params, batch, config=jl.LoraConfig(rank=2, targets="**"))
+        adapter = jl.init_eva(jax.random.key(0), model, params, plan, [batch], rho=2.0)
+        assert {path: entry.rank for path, entry in adapter.items()} == {"few": 4}
+
+
+def _loss_of(case: Case) -> tuple[Any, ...]:
+    """A regression on random targets; the gradient by float64, of the mean over the batches."""
+    model, params, plan, batches, _ = _planned(case)
+    model = case[0]
+
+    def loss(params: Any, *args: Any) -> Any:
+        out = model(params, *args)
+        target = _rng(5).normal(size=out.shape)
+        return ((out - jnp.asarray(target, out.dtype)) ** 2).mean()
+
+    tuples = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    with enable_x64(True):
+
+        def wide(x: Any) -> Any:
+            return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        of = [
+            jax.grad(loss)(jax.tree.map(wide, params), *jax.tree.map(wide, args)) for args in tuples
+        ]
+        gradient = {path: np.mean([_64(g[path]) for g in of], axis=0) for path in params}
+    return loss, params, plan, batches, gradient
+
+
+def _matrices_of(gradient: np.ndarray, layout: jl.Layout) -> np.ndarray:
+    return _64(layout.matrices(gradient)).reshape(-1, layout.fan_in, layout.fan_out)
+
+
+class TestLoraGA:
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_is_numpy_s_svd_of_the_gradient(self, case: Callable[[], Case]) -> None:
+        loss, params, plan, batches, gradient = _loss_of(case())
+        gamma, rank = 4.0, 2
+        plan = dataclasses.replace(
+            plan,
+            targets={p: dataclasses.replace(t, rank=rank) for p, t in plan.targets.items()},
+        )
+        adapter = jl.init_lora_ga(
+            jax.random.key(0), loss, params, plan, batches, gamma=gamma, passes=12
+        )
+        assert set(adapter) == set(gradient)
+        for path, entry in adapter.items():
+            layout = entry.layout
+            c = layout.fan_out**0.25 / np.sqrt(gamma)
+            all_a = _64(entry.a).reshape(-1, layout.fan_in, rank) / c
+            all_b = _64(entry.b).reshape(-1, rank, layout.fan_out) / c
+            for a, b, g in zip(all_a, all_b, _matrices_of(gradient[path], layout), strict=True):
+                u, s, vt = np.linalg.svd(g, full_matrices=False)
+                assert s[1] > 1.05 * s[2]
+                assert s[3] > 1.05 * s[4]  # gaps, or there is nothing to find
+                np.testing.assert_allclose(np.abs(u[:, :2].T @ a), np.eye(2), rtol=0, atol=1e-3)
+                np.testing.assert_allclose(np.abs(vt[2:4] @ b.T), np.eye(2), rtol=0, atol=1e-3)
+
+    def test_singular_values_and_products(self) -> None:
+        loss, params, plan, batches, gradient = _loss_of(mlp())
+        found = principal_gradients(
+            jax.random.key(0),
+            loss,
+            params,
+            {path: target.layout for path, target in plan.targets.items()},
+            {"l1": 4, "l2": 99},
+            batches,
+            passes=12,
+        )
+        for path, (u, s, vt) in found.items():
+            n = s.shape[-1]
+            assert n == {"l1": 4, "l2": 18}[path]
+            u64, s64, vt64 = np.linalg.svd(gradient[path], full_matrices=False)
+            np.testing.assert_allclose(s[:4], s64[:4], rtol=1e-4)
+            best = (u64[:, :n] * s64[:n]) @ vt64[:n]
+            got = (_64(u) * _64(s)) @ _64(vt)
+            assert np.linalg.norm(got - best) < 1e-4 * np.linalg.norm(best)
+
+    def test_the_first_step_is_that_of_the_whole_weight(self) -> None:
+        """Of rank 2r it is the best there is; a random start with b = 0 is far from it."""
+        loss, params, _, batches, gradient = _loss_of(mlp())
+        model = mlp()[0]
+        config = jl.LoraConfig(rank=RANK, alpha=2.0, scaling="rslora", targets="**")
+        plan = jl.plan(model, params, batches[0], config=config)
+        start = jl.init_lora_ga(jax.random.key(0), loss, params, plan, batches, passes=12)
+        random = jl.init(jax.random.key(0), params, plan)
+        rate = 1e-3
+        adapted = jl.apply(loss)
+
+        def step(adapter: jl.Adapter) -> dict[str, np.ndarray]:
+            of = [jax.grad(lambda a, x=x: adapted(params, a, x))(adapter) for x in batches]
+            mean = jax.tree.map(lambda *g: sum(g[1:], g[0]) / len(g), *of)
+            after = {
+                path: dataclasses.replace(
+                    e, a=e.a - rate * mean[path].a, b=e.b - rate * mean[path].b
+                )
+                for path, e in adapter.items()
+            }
+            return {p: _64(x) for p, x in jl.delta(jl.Adapter(after)).items()}
+
+        s = 2.0 / np.sqrt(RANK)
+        first, of_random = step(start), step(random)
+        for path, g in gradient.items():
+            u, sigma, vt = np.linalg.svd(g, full_matrices=False)
+            best = (u[:, : 2 * RANK] * sigma[: 2 * RANK]) @ vt[: 2 * RANK]
+            size = rate * s**2 * np.sqrt(g.shape[1]) / 16.0
+            # The rest is of second order in the rate, and float32.
+            error = np.linalg.norm(first[path] + size * best)
+            assert error < 1e-2 * np.linalg.norm(size * best)
+
+            def missed(update: np.ndarray, g: np.ndarray = g) -> float:
+                """The least of |update + zeta G| / |zeta G|, over zeta: the sine of the angle."""
+                cosine = -np.sum(update * g) / np.linalg.norm(update) / np.linalg.norm(g)
+                return float(np.sqrt(max(1 - cosine**2, 0)))
+
+            assert missed(first[path]) < missed(-best) + 1e-3
+            assert missed(of_random[path]) > 3 * missed(first[path])
+
+    def test_the_start_is_the_base_bit_for_bit(self) -> None:
+        loss, params, plan, batches, _ = _loss_of(mlp())
+        adapter = jl.init_lora_ga(jax.random.key(0), loss, params, plan, batches)
+        for entry in adapter.values():
+            assert np.asarray(entry.b).any()
+            np.testing.assert_array_equal(entry.a, entry.a0)
+            np.testing.assert_array_equal(entry.b, entry.b0)
+        run = jax.jit(jl.apply(mlp()[0]))(params, adapter, batches[0])
+        np.testing.assert_array_equal(run, jax.jit(mlp()[0])(params, batches[0]))
+
+    @pytest.mark.parametrize("rank", [4, 8])
+    def test_ranks_beyond_half_of_the_smaller_side(self, rank: int, normal: Any) -> None:
+        """Of 6 singular vectors, rank 4 has the last 4 in `b`; rank 8 has all, and zeros."""
+        params, x = {"w": normal(9, 6), "v": normal(6, 9)}, normal(20, 9)
+        params["u"] = normal(9, 9)
+
+        def loss(params: Any, x: Any) -> Any:
+            return jnp.sin(x @ params["u"] @ params["w"] @ params["v"]).sum()
+
+        plan = jl.plan(loss, params, x, config=jl.LoraConfig(rank=rank))
+        u, _, vt = np.linalg.svd(_64(jax.grad(loss)(params, x)["w"]), full_matrices=False)
+        entry = jl.init_lora_ga(jax.random.key(0), loss, params, plan, [x])["w"]
+        c, k = 6**0.25 / 4, min(rank, 6)
+        for got, wanted in ((_64(entry.a), u[:, :k]), (_64(entry.b).T, vt[6 - k :].T)):
+            np.testing.assert_allclose(
+                np.abs(wanted.T @ got[:, :k]), c * np.eye(k), rtol=0, atol=1e-3
+            )
+            assert not got[:, k:].any()
+
+    def test_lookups_and_formed_weights_have_gradients_too(self, normal: Any) -> None:
+        params = {"table": normal(30, 12), "w": normal(12, 12)}
+        tokens = jnp.asarray(_rng(1).integers(0, 30, 40))
+
+        def loss(params: Any, tokens: Any) -> Any:
+            return (jnp.tanh(params["table"][tokens] @ jnp.sin(params["w"]))).sum()
+
+        plan = jl.plan(loss, params, tokens, config=jl.LoraConfig(rank=RANK, targets="table"))
+        entry = jl.init_lora_ga(jax.random.key(0), loss, params, plan, [tokens], passes=12)["table"]
+        u, _, vt = np.linalg.svd(_64(jax.grad(loss)(params, tokens)["table"]), full_matrices=False)
+        c = 12**0.25 / 4
+        a, b = _64(entry.a) / c, _64(entry.b) / c
+        assert np.linalg.norm(a - u[:, :RANK] @ (u[:, :RANK].T @ a), 2) < 1e-3
+        v = vt[RANK : 2 * RANK].T
+        assert np.linalg.norm(b.T - v @ (v.T @ b.T), 2) < 1e-3
+
+    def test_variants_and_dtypes(self, normal: Any) -> None:
+        params = {name: normal(10, 10, seed=k) for k, name in enumerate(("d", "f", "v"))}
+        x = normal(30, 10)
+
+        def loss(params: Any, x: Any) -> Any:
+            for w in params.values():
+                x = jnp.tanh(x @ w)
+            return x.sum()
+
+        targets = (
+            *(jl.Rule("d", variant="dora"), jl.Rule("f", variant="lora-fa")),
+            jl.Rule("v", variant="vera"),
+        )
+        config = jl.LoraConfig(rank=2, targets=targets, dtype="bfloat16")
+        plan = jl.plan(loss, params, x, config=config)
+        fresh = jl.init(jax.random.key(0), params, plan)
+        adapter = jl.init_lora_ga(jax.random.key(0), loss, params, plan, [x])
+        assert {p: type(e) for p, e in adapter.items()} == {p: type(e) for p, e in fresh.items()}
+        for path in "df":
+            assert adapter[path].a.dtype == adapter[path].b0.dtype == jnp.bfloat16
+            assert np.asarray(adapter[path].b0).any()
+        jax.tree.map(np.testing.assert_array_equal, adapter["v"], fresh["v"])
+
+    def test_refused(self, normal: Any) -> None:
+        params, x = {"w": normal(6, 6), "v": normal(6, 6)}, normal(5, 6)
+
+        def loss(params: Any, x: Any) -> Any:
+            return (lax.stop_gradient(x @ params["v"]) @ params["w"]).sum()
+
+        plan = jl.plan(loss, params, x, config=jl.LoraConfig(rank=2, targets="**"))
+        with pytest.raises(jl.TargetError, match=r"a gradient that is zero for:\n  v\nExclude"):
+            jl.init_lora_ga(jax.random.key(0), loss, params, plan, [x])
+        for wrong in ({"gamma": 0.0}, {"gamma": np.inf}, {"passes": -1}, {"oversample": True}):
+            with pytest.raises(jl.ConfigError, match=f"expected {next(iter(wrong))} to be"):
+                jl.init_lora_ga(jax.random.key(0), loss, params, plan, [x], **wrong)
+        with pytest.raises(TypeError, match="scalar-output"):
+            jl.init_lora_ga(jax.random.key(0), lambda p, x: x @ p["v"] @ p["w"], params, plan, [x])
