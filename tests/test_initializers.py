@@ -147,7 +147,11 @@ def _weights(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
 
 
-#: Scales of either sign, and a stack, wide and tall matrices, a rank above the smaller side.
+def _t(x: np.ndarray) -> np.ndarray:
+    return np.swapaxes(x, -1, -2)
+
+
+#: A stack, wide and tall matrices, a rank above the smaller side.
 SHAPES = [((9, 7), 3), ((5, 12), 3), ((2, 3, 6, 8), 4), ((4, 10), 6)]
 
 
@@ -167,7 +171,7 @@ class TestPissa:
         k = min(rank, s.shape[-1])
         half = np.zeros((*shape[:-2], rank, rank))
         half[..., range(k), range(k)] = s[..., :k] / abs(scale)
-        for gram in (a.mT @ a, b @ b.mT):
+        for gram in (_t(a) @ a, b @ _t(b)):
             np.testing.assert_allclose(gram, half, rtol=0, atol=1e-5 * half.max())
 
     def test_of_no_scale(self) -> None:
@@ -188,12 +192,12 @@ class TestOlora:
     def test_is_numpy_s_qr(self, shape: tuple[int, ...], rank: int) -> None:
         w = _weights(*shape)
         a, b = (np.asarray(x, np.float64) for x in olora(w, rank, 0.3))
-        q, r = np.linalg.qr(np.asarray(w, np.float64).mT)
+        q, r = np.linalg.qr(_t(np.asarray(w, np.float64)))
         k = min(rank, q.shape[-1])
         # A column of Q and its row of R are defined up to one sign for both.
-        np.testing.assert_allclose(np.abs(a[..., :k]), np.abs(r[..., :k, :].mT), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(np.abs(b[..., :k, :]), np.abs(q[..., :k].mT), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(a @ b, (q[..., :k] @ r[..., :k, :]).mT, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.abs(a[..., :k]), np.abs(_t(r[..., :k, :])), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.abs(b[..., :k, :]), np.abs(_t(q[..., :k])), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a @ b, _t(q[..., :k] @ r[..., :k, :]), rtol=0, atol=1e-5)
         assert not a[..., k:].any()
         assert not b[..., k:, :].any()
 
@@ -244,8 +248,8 @@ class TestFromTheWeight:
             want = (u[..., :3] * s[..., None, :3]) @ vt[..., :3, :]
             got = 2.0 * a @ b
         else:
-            q, r = np.linalg.qr(w.mT)
-            want, got = (q[..., :3] @ r[..., :3, :]).mT, a @ b
+            q, r = np.linalg.qr(_t(w))
+            want, got = _t(q[..., :3] @ r[..., :3, :]), a @ b
         tolerance = 1e-5 if factors == "float32" else 3 * 2**-8
         assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
 
