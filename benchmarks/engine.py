@@ -343,7 +343,7 @@ def program(kind: str, model: Model, adapter: jl.Adapter) -> tuple[Callable[...,
     functions = {PLAIN: plain, HAND: by_hand, OURS: with_apply}
     firsts = {
         PLAIN: model.params,
-        HAND: {path: (f.a, f.b) for path, f in adapter.items()},
+        HAND: {path: (adapter[path].a, adapter[path].b) for path in adapter},
         OURS: adapter,
     }
     return jax.value_and_grad(functions[kind]), firsts[kind]

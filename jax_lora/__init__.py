@@ -24,6 +24,8 @@ from jax_lora.errors import MaterializeError as MaterializeError
 from jax_lora.errors import TargetError as TargetError
 from jax_lora.extract import extract as extract
 from jax_lora.extract import resize as resize
+from jax_lora.from_data import init_eva as init_eva
+from jax_lora.from_data import init_lora_ga as init_lora_ga
 from jax_lora.lowrank import Approximation as Approximation
 from jax_lora.plan import Plan as Plan
 from jax_lora.plan import init as init

@@ -195,6 +195,10 @@ class Variant(Entry):
     def shapes(cls, settings: Settings) -> dict[str, tuple[int, ...]]:
         """The shape of each array, scalars left out."""
 
+    @abc.abstractmethod
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """For each array, the parameter's axis behind each axis, or ``RANK``; scalars left out."""
+
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:
         """The rank of the update as a product ``a b``, which is what it costs to apply it."""

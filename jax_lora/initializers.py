@@ -1,7 +1,8 @@
 """How the factors start, from a key or from the weight itself.
 
 From a key: ``a`` is random and ``b`` zero, so that a fresh adapter changes nothing. From the
-weight: both are parts of it, and their product at the start is subtracted (see `LoraFactors`).
+weight: both are parts of it, and their product at the start is subtracted (see `LoraFactors`). From
+data: see `jax_lora.from_data`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.adapter import Layout
+from jax_lora.errors import ConfigError
 from jax_lora.lowrank import pad, working_dtype
 
 Initializer = Callable[[jax.Array, Layout, int], jax.Array]
@@ -47,7 +49,7 @@ def article(key: jax.Array, layout: Layout, rank: int) -> jax.Array:
 
 
 def orthogonal(key: jax.Array, layout: Layout, rank: int) -> jax.Array:
-    """Orthonormal columns, random ones; orthonormal rows where the rank exceeds the inputs.
+    """Random orthonormal columns, ``a^T a = 1``; orthonormal rows if the rank exceeds the inputs.
 
     References:
         Saxe et al. 2013, Exact solutions to the nonlinear dynamics of learning in deep linear
@@ -65,23 +67,31 @@ def pissa(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     Args:
         w: ``[*stack, in, out]``.
         rank: The rank r; what exceeds min(in, out) is zero.
-        scale: What multiplies ``a b``, positive.
+        scale: What multiplies ``a b``, the s above, not zero. If it is negative, ``b`` is too.
 
     Returns:
         ``a: [*stack, in, r]`` and ``b: [*stack, r, out]`` with ``s a b`` the best approximation of
         ``w`` of that rank.
 
+    Raises:
+        ConfigError: A scale of zero.
+
     References:
         Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
         Language Models, arXiv:2404.02948.
     """
+    if scale == 0:
+        raise ConfigError("expected a scale other than 0 for the init 'pissa', got alpha=0")
     u, s, vt = jnp.linalg.svd(w.astype(working_dtype(w.dtype)), full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale)
-    return pad(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :], rank)
+    root = jnp.sqrt(s[..., :rank] / abs(scale))
+    b = math.copysign(1, scale) * root[..., :, None] * vt[..., :rank, :]
+    return pad(u[..., :rank] * root[..., None, :], b, rank)
 
 
 def olora(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     r"""The first rows and columns of ``w^T = Q R``: ``a = (R_r)^T`` and ``b = (Q_r)^T``.
+
+    So ``a b = w b^T b`` is ``w`` projected onto the span of its first r rows.
 
     Args:
         w: ``[*stack, in, out]``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,15 +62,15 @@ def adapter_shardings(adapter: Adapter, params: Any) -> Adapter:
     if all(hasattr(leaves.get(path), "shape") for path in adapter):
         check_fits(params, adapter)
     entries, problems = {}, []
-    for path, factors in adapter.items():
+    for path, entry in adapter.items():
         if path not in leaves:
             problems.append(f"{path}: no such parameter ({near_misses(path, leaves)})")
             continue
         sharding = getattr(leaves[path], "sharding", leaves[path])
-        if problem := _problem(sharding, factors.layout.shape):
+        if problem := _problem(sharding, entry.shape):
             problems.append(f"{path}: {problem}")
         else:
-            entries[path] = _of_factors(sharding, factors)
+            entries[path] = _of_entry(sharding, entry)
     if problems:
         raise AdapterError(
             "expected a NamedSharding for every adapted parameter; place the parameters with "
@@ -90,16 +91,16 @@ def _problem(sharding: Any, shape: tuple[int, ...]) -> str:
     return "" if sharding.is_fully_replicated else f"got {sharding}, whose axes have no names"
 
 
-def _of_factors(sharding: Sharding, factors: LoraFactors) -> LoraFactors:
-    if not isinstance(sharding, NamedSharding):  # one device, or the same on each
-        return LoraFactors(sharding, sharding, sharding, factors.layout)  # type: ignore[arg-type]
+def _of_entry(sharding: Sharding, entry: Any) -> Any:
+    labels = entry.axes()
 
-    def of(factor: jax.Array | None, labels: tuple[int, ...]) -> Any:
-        more = 0 if factor is None else len(factor.shape) - len(labels)
-        spec = PartitionSpec(*[None] * more, *factor_spec(sharding.spec, labels))
+    def of(name: str, array: jax.Array) -> Any:
+        if not isinstance(sharding, NamedSharding):  # one device, or the same on each
+            return sharding
+        axes = labels.get(name)
+        more = 0 if axes is None else len(array.shape) - len(axes)
+        spec = PartitionSpec(*[None] * more, *factor_spec(sharding.spec, axes or ()))
         return NamedSharding(sharding.mesh, spec)
 
-    layout = factors.layout
-    return LoraFactors(
-        of(factors.a, layout.a_axes), of(factors.b, layout.b_axes), of(None, ()), layout
-    )
+    placed = {name: of(name, array) for name, array in entry.arrays().items()}
+    return dataclasses.replace(entry, **placed)

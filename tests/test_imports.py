@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "discover algebra combine extract",
         "selection",
         "plan summary",
+        "from_data",
     )
 )
 FACADE = "jax_lora"

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,17 @@ import pytest
 
 import jax_lora as jl
 from jax_lora.models import MLP
-from jax_lora.optim import FROZEN, TRAINED, labels, lora_optimizer
+from jax_lora.optim import (
+    FASTER,
+    FROZEN,
+    TRAINED,
+    labels,
+    lora_optimizer,
+    lora_plus,
+    lora_plus_labels,
+)
 from jax_lora.training import Batch, TrainState, train_step
+from jax_lora.variants import VARIANTS
 
 # The article's network. The batch of 16 is a size that no weight or factor has.
 SIZES = ((3072, 128), (128, 128), (128, 10))
@@ -271,6 +280,150 @@ class TestCompiledStep:
         for path, leaf in leaves_by_path(after.trained):
             assert leaf.unsafe_buffer_pointer() == pointers[path], path
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
+
+
+class TestLoraPlus:
+    #: What each variant trains with the learning rate itself, and with `ratio` times it.
+    GROUPS: ClassVar[dict[str, tuple[set[str], set[str]]]] = {
+        "lora": ({"a"}, {"b"}),
+        "lora-fa": (set(), {"b"}),
+        "dora": ({"a"}, {"b", "magnitude"}),
+        "vera": (set(), {"d", "g"}),
+        "loha": ({"a1", "a2"}, {"b1", "b2"}),
+        "lokr": ({"c", "a"}, {"b"}),
+        "full": ({"value"}, set()),
+        "rows": ({"value"}, set()),
+    }
+
+    @pytest.fixture
+    def trees(self, adapter: jl.Adapter) -> tuple[Any, Any]:
+        """Values and gradients that are as large in the base as in the adapter."""
+        rng = np.random.default_rng(3)
+        tree = {"base": {"w": jnp.ones((5, 4))}, "lora": adapter}
+        return tree, jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), tree
+        )
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_labels_of_every_variant(self, variant: str) -> None:
+        """A new variant fails here, so that somebody decides."""
+        slower, faster = self.GROUPS[variant]
+        params = {"w": jnp.ones((6, 4))}
+        rule = jl.Rule("w", rows=(1, 2)) if variant == "rows" else jl.Rule("w", variant=variant)
+        plan = jl.plan(
+            lambda p, x: x @ p["w"], params, jnp.ones((2, 6)), config=jl.LoraConfig(2, targets=rule)
+        )
+        adapter = jl.init(jax.random.key(0), params, plan)
+        found = lora_plus_labels({"base": params, "lora": adapter})
+        assert found["base"]["w"] == FROZEN
+        entry = adapter["w"]
+        assert slower | faster == entry.TRAINED
+        wanted = dict.fromkeys(entry.arrays(), FROZEN)
+        wanted |= dict.fromkeys(slower, TRAINED) | dict.fromkeys(faster, FASTER)
+        assert found["lora"]["w"].arrays() == wanted
+        # And it steps.
+        optimizer = lora_plus(optax.sgd, 0.5, ratio=3.0)
+        ones = jax.tree.map(jnp.ones_like, adapter)
+        updates, _ = optimizer.update(ones, optimizer.init(adapter), adapter)
+        rates = {TRAINED: 0.5, FASTER: 1.5, FROZEN: 0.0}
+        for name, update in updates["w"].arrays().items():
+            np.testing.assert_array_equal(update, -rates[wanted[name]] * np.ones(update.shape))
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_gradient_descent_in_closed_form(self, trees: tuple[Any, Any], jit: bool) -> None:
+        tree, grads = trees
+        optimizer = lora_plus(optax.sgd, 0.25, ratio=8.0)  # powers of two: no rounding
+        state = optimizer.init(tree)
+        update = jax.jit(optimizer.update) if jit else optimizer.update
+        updates, _ = update(grads, state, tree)
+        np.testing.assert_array_equal(updates["base"]["w"], np.zeros((5, 4)))
+        for path, entry in updates["lora"].items():
+            np.testing.assert_array_equal(entry.a, -0.25 * grads["lora"][path].a)
+            np.testing.assert_array_equal(entry.b, -2.0 * grads["lora"][path].b)
+            assert float(entry.scale) == 0.0
+
+    def test_a_schedule_is_multiplied_at_every_step(self, trees: tuple[Any, Any]) -> None:
+        tree, grads = trees
+        rates = [1.0, 0.5, 0.125]
+
+        def schedule(count: Any) -> Any:
+            return jnp.asarray(rates, jnp.float32)[count]
+
+        optimizer = lora_plus(optax.sgd, schedule, ratio=4.0)
+        state = optimizer.init(tree)
+        update = jax.jit(optimizer.update)
+        for rate in rates:
+            updates, state = update(grads, state, tree)
+            for path, entry in updates["lora"].items():
+                np.testing.assert_array_equal(entry.a, -rate * grads["lora"][path].a)
+                np.testing.assert_array_equal(entry.b, -4 * rate * grads["lora"][path].b)
+
+    @pytest.mark.parametrize("scheduled", [False, True])
+    def test_adam_is_two_adams(self, trees: tuple[Any, Any], scheduled: bool) -> None:
+        tree, grads = trees
+        lora, of_lora = tree["lora"], grads["lora"]
+        rate: Any = optax.linear_schedule(1e-2, 1e-3, 5) if scheduled else 1e-2
+        more: Any = (lambda count: 16 * rate(count)) if scheduled else 16e-2
+        optimizer = lora_plus(lambda lr: optax.adamw(lr, weight_decay=0.1), rate)
+        parts = {
+            "a": (optax.adamw(rate, weight_decay=0.1), {p: e.a for p, e in lora.items()}),
+            "b": (optax.adamw(more, weight_decay=0.1), {p: e.b for p, e in lora.items()}),
+        }
+        with jax.numpy_dtype_promotion("standard"):
+            state = optimizer.init(tree)
+            states = {name: o.init(x) for name, (o, x) in parts.items()}
+            for _ in range(3):
+                updates, state = optimizer.update(grads, state, tree)
+                for name, (one, values) in parts.items():
+                    g = {path: getattr(e, name) for path, e in of_lora.items()}
+                    wanted, states[name] = one.update(g, states[name], values)
+                    for path, value in wanted.items():
+                        np.testing.assert_allclose(
+                            getattr(updates["lora"][path], name), value, rtol=1e-6
+                        )
+
+    def test_a_ratio_of_one_is_the_ordinary_optimizer(self, trees: tuple[Any, Any]) -> None:
+        tree, grads = trees
+        plain, one = lora_optimizer(sgd()), lora_plus(momentum, 0.01, 1)
+        updates = [o.update(grads, o.init(tree), tree)[0] for o in (plain, one)]
+        jax.tree.map(np.testing.assert_array_equal, *updates)
+        # The control: with another ratio they differ.
+        two = lora_plus(momentum, 0.01, 2.0)
+        other, _ = two.update(grads, two.init(tree), tree)
+        assert any(
+            (entry.b != updates[0]["lora"][path].b).any() for path, entry in other["lora"].items()
+        )
+
+    def test_state_is_that_of_what_is_trained(self, trees: tuple[Any, Any]) -> None:
+        state = jax.tree.leaves(lora_plus(optax.adam, 1e-3).init(trees[0]))
+        assert sum(array.size for array in state) == 2 * FACTORS + 2  # and a counter for each rate
+
+    def test_trains_b_further_than_a_ratio_of_one(
+        self, params: Any, adapter: jl.Adapter, batch: Batch
+    ) -> None:
+        """In the training step, with the base beside the adapter."""
+        both = {"base": params, "lora": adapter}
+        after = run(loss_of_both, lora_plus(optax.sgd, 0.001, 16.0), both, None, batch, steps=1)
+        plain = run(loss_of_both, lora_plus(optax.sgd, 0.001, 1.0), both, None, batch, steps=1)
+        jax.tree.map(np.testing.assert_array_equal, after["base"], params)
+        for path, entry in after["lora"].items():
+            before, reference = adapter[path], plain["lora"][path]
+            np.testing.assert_array_equal(entry.a, reference.a)
+            moved_by = [np.linalg.norm(e.b - before.b) for e in (entry, reference)]
+            assert moved_by[0] == pytest.approx(16 * moved_by[1], rel=1e-3)
+
+    @pytest.mark.parametrize("ratio", [0, -1.0, math.inf, math.nan, True, "16", None])
+    def test_impossible_ratios(self, ratio: Any) -> None:
+        with pytest.raises(jl.ConfigError, match="ratio of learning rates to be positive, got"):
+            lora_plus(optax.sgd, 0.1, ratio)
+
+    def test_a_tree_without_an_adapter_is_refused(self) -> None:
+        with pytest.raises(jl.AdapterError, match="there is nothing to train"):
+            lora_plus(optax.sgd, 0.1).init({"w": jnp.ones(2)})
+
+
+def momentum(rate: Any) -> optax.GradientTransformation:
+    return optax.sgd(rate, momentum=0.9)
 
 
 def leaves_by_path(tree: Any) -> list[tuple[str, Any]]:

@@ -33,6 +33,7 @@ _CONV_PARAMS = (
 
 
 def low_rank_einsum(
+    interpreter: Interpreter,
     x: jax.Array,
     x_letters: Sequence[str],
     weight: LoraWeight,
@@ -49,6 +50,7 @@ def low_rank_einsum(
     has the rank in place of all the axes of one factor and is the smallest array at hand.
 
     Args:
+        interpreter: Puts the two contractions together.
         x: The other operand.
         x_letters: One letter per axis of ``x``; equal letters are the same index.
         weight: The virtual weight, whose ``w`` is not used here.
@@ -90,47 +92,36 @@ def low_rank_einsum(
         out_sharding = NamedSharding(
             out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
         )
-    return _two_products(
-        x,
-        near_factor,
-        far_factor,
-        weight.scale,
-        dtype=wider(x.dtype, weight.dtype),
-        specs=(_spec(x_letters, near, kept), _spec(kept, far, reached_out)),
-        out_shardings=(hidden_sharding, out_sharding),
-        new_axes=tuple(k for k, n in enumerate(out_letters) if n not in reached_out),
-        **options,
-    )
+
+    dtype = wider(x.dtype, weight.dtype)
+
+    def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
+        spec = _spec(x_letters, near, kept)
+        return _einsum(spec, x, factor, dtype=dtype, out_sharding=hidden_sharding, **options)
+
+    def from_rank(hidden: jax.Array) -> jax.Array:
+        spec = _spec(kept, far, reached_out)
+        hidden = _scaled(hidden, weight.scale, dtype=dtype)
+        return _einsum(spec, hidden, far_factor, dtype=dtype, out_sharding=out_sharding, **options)
+
+    out = interpreter.updated(to_rank, x, near_factor, from_rank)
+    return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
 
 
-# Compiled together with what is around it; a function of its own, so that the layers of a model
+# Compiled together with what is around them; functions of their own, so that the layers of a model
 # whose weights have the same shape are traced and differentiated once.
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        *("dtype", "specs", "out_shardings", "new_axes"),
-        *("precision", "preferred_element_type"),
-    ),
+    static_argnames=("spec", "dtype", "out_sharding", "precision", "preferred_element_type"),
     inline=True,
 )
-def _two_products(
-    x: jax.Array,
-    near: jax.Array,
-    far: jax.Array,
-    scale: jax.Array,
-    *,
-    dtype: Any,
-    specs: tuple[str, str],
-    out_shardings: tuple[NamedSharding | None, NamedSharding | None],
-    new_axes: tuple[int, ...],
-    **options: Any,
-) -> jax.Array:
-    """``scale * (x near) far``."""
-    x, near, far = (v.astype(dtype) for v in (x, near, far))
-    hidden = jnp.einsum(specs[0], x, near, out_sharding=out_shardings[0], **options)
-    hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
-    out = jnp.einsum(specs[1], hidden, far, out_sharding=out_shardings[1], **options)
-    return jnp.expand_dims(out, new_axes)
+def _einsum(spec: str, x: jax.Array, factor: jax.Array, *, dtype: Any, **options: Any) -> jax.Array:
+    return jnp.einsum(spec, x.astype(dtype), factor.astype(dtype), **options)
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _scaled(hidden: jax.Array, scale: jax.Array, *, dtype: Any) -> jax.Array:
+    return (hidden * scale.astype(hidden.dtype)).astype(dtype)
 
 
 def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
@@ -260,6 +251,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     if not gain_first:
         out = _gained(out, out_letters, weight, letters[side])
     update = low_rank_einsum(
+        interpreter,
         interpreter.dropped(x, weight),
         letters[1 - side],
         weight,
@@ -308,38 +300,42 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
 
     def update(x: jax.Array, first: jax.Array, last: jax.Array, scale: jax.Array) -> jax.Array:
-        # The first factor as a kernel whose out-features are the rank. All groups share it, so they
-        # are more examples to it.
-        order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
-        hidden = lax.conv_general_dilated(
-            _groups_as_examples(x.astype(dtype), numbers.lhs_spec, groups),
-            jnp.transpose(first.astype(dtype), order),
-            **{name: params[name] for name in _CONV_PARAMS},
-        )
-        hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
-        last = jnp.transpose(last.astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
-        if groups == 1:
-            # A window of one pixel: unlike a matrix product it needs no transposition, whatever the
-            # order of the axes, and its derivatives need none either.
-            pixel = jnp.expand_dims(last, range(2, weight.ndim))
-            order = [(in_axis, out_axis, *window).index(i) for i in range(weight.ndim)]
-            added = lax.conv_general_dilated(
-                hidden,
-                jnp.transpose(pixel, order),
-                (1,) * len(window),
-                "VALID",
-                dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec),
-                **options,
+        def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
+            # A kernel whose out-features are the rank. All groups share it, so they are more
+            # examples to it.
+            order = [near[1].index(RANK if i == out_axis else i) for i in range(weight.ndim)]
+            return lax.conv_general_dilated(
+                _groups_as_examples(x, numbers.lhs_spec, groups),
+                jnp.transpose(factor, order),
+                **{name: params[name] for name in _CONV_PARAMS},
             )
-        else:
+
+        def from_rank(hidden: jax.Array) -> jax.Array:
+            hidden = _scaled(hidden, scale, dtype=dtype)
+            b = jnp.transpose(last.astype(dtype), [far[1].index(RANK), far[1].index(out_axis)])
+            if groups == 1:
+                # A window of one pixel: unlike a matrix product it needs no transposition, whatever
+                # the order of the axes, and its derivatives need none either.
+                pixel = jnp.expand_dims(b, range(2, weight.ndim))
+                order = [(in_axis, out_axis, *window).index(i) for i in range(weight.ndim)]
+                return lax.conv_general_dilated(
+                    hidden,
+                    jnp.transpose(pixel, order),
+                    (1,) * len(window),
+                    "VALID",
+                    dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec),
+                    **options,
+                )
             # Convolutions by groups are slow, and so are their derivatives.
             outer = numbers.out_spec[:2]
             hidden = jnp.moveaxis(hidden, outer, (0, -1))
             hidden = jnp.moveaxis(hidden.reshape(-1, groups, *hidden.shape[1:]), 1, -2)
-            last = last.reshape(last.shape[0], groups, -1)
-            added = jnp.einsum("...gr,rgo->...go", hidden, last, **options)
-            added = jnp.moveaxis(added.reshape(*added.shape[:-2], -1), (0, -1), outer)
-        return added.astype(out.dtype)
+            b = b.reshape(b.shape[0], groups, -1)
+            added = jnp.einsum("...gr,rgo->...go", hidden, b, **options)
+            return jnp.moveaxis(added.reshape(*added.shape[:-2], -1), (0, -1), outer)
+
+        x, first = x.astype(dtype), first.astype(dtype)
+        return interpreter.updated(to_rank, x, first, from_rank).astype(out.dtype)
 
     interpreter.factored(weight, eqn)
     return [out + _split_like(out, update, x, near[0], far[0], weight.scale)]
@@ -394,9 +390,15 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     def update(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, sizes: Any) -> jax.Array:
         a = jnp.transpose(a, [near[1].index(i) for i in (0, in_axis, RANK)]).astype(dtype)
         b = jnp.transpose(b, [far[1].index(i) for i in (0, RANK, out_axis)]).astype(dtype)
-        hidden = lax.ragged_dot(x.astype(dtype), a, sizes, **options)
-        hidden = (hidden * scale.astype(hidden.dtype)).astype(dtype)
-        return lax.ragged_dot(hidden, b, sizes, **options).astype(out.dtype)
+
+        def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
+            return lax.ragged_dot(x, factor, sizes, **options)
+
+        def from_rank(hidden: jax.Array) -> jax.Array:
+            return lax.ragged_dot(_scaled(hidden, scale, dtype=dtype), b, sizes, **options)
+
+        added = interpreter.updated(to_rank, x.astype(dtype), a, from_rank)
+        return added.astype(out.dtype)
 
     interpreter.factored(weight, eqn)
     return [out + _split_like(out, update, x, near[0], far[0], weight.scale, group_sizes)]

@@ -171,6 +171,26 @@ class Interpreter:
         self._uses[weight.path] += 1
         return weight.drop(x, self._uses[weight.path])
 
+    def updated(
+        self,
+        to_rank: Callable[[jax.Array, jax.Array], jax.Array],
+        x: jax.Array,
+        factor: jax.Array,
+        from_rank: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """The update of a product, through the rank: ``from_rank(to_rank(x, factor))``.
+
+        A method, because other things than the update can be made of the same two halves: see
+        `jax_lora.from_data`.
+
+        Args:
+            to_rank: ``x, a -> x a``, linear in both.
+            x: The input of the update.
+            factor: The factor that meets it.
+            from_rank: ``h -> scale * h b``.
+        """
+        return from_rank(to_rank(x, factor))
+
     def materialize(self, value: Any, primitive: str) -> Any:
         """The value as an ordinary array; an already ordinary value is returned as it is.
 

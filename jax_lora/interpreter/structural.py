@@ -68,7 +68,7 @@ def _reshard(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
         return moved
 
     (w,) = evaluate_one(eqn, [weight.w])
-    moved = weight.map_factors(w, lambda f, axes: (move(f, axes), axes))
+    moved = weight.map_parts(w, lambda f, axes: (move(f, axes), axes))
     return [dataclasses.replace(moved, scale=move(weight.scale, ()))]
 
 

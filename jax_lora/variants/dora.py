@@ -71,6 +71,11 @@ class DoraFactors(LoraFactors):
         norms = dict.fromkeys(("magnitude", "base_norm", "norm"), settings.matrix.column_shape)
         return super().shapes(settings) | norms
 
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """Those of LoRA, and the columns'."""
+        names = ("magnitude", "base_norm", "norm")
+        return super().axes() | dict.fromkeys(names, self.layout.column_axes)
+
     @classmethod
     def multiply_adds(cls, settings: Settings) -> int:
         """Those of ``a^T W``, in each evaluation."""

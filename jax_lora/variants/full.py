@@ -55,6 +55,10 @@ class FullValue(Variant):
         """That of the parameter."""
         return {"value": settings.shape}
 
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """The parameter's."""
+        return {"value": tuple(range(len(self.sizes)))}
+
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:
         """None: 0."""
@@ -116,6 +120,10 @@ class RowValues(Variant):
     def shapes(cls, settings: Settings) -> dict[str, tuple[int, ...]]:
         """That of the rows."""
         return {"value": settings.matrix.b_shape(len(settings.rows))}
+
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """The parameter's, the rows whole."""
+        return {"value": self.layout.b_axes}
 
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:

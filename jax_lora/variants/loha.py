@@ -72,6 +72,11 @@ class LohaFactors(Variant):
         a, b = layout.a_shape(rank), layout.b_shape(rank)
         return {"a1": a, "b1": b, "a2": a, "b2": b}
 
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the layout."""
+        a, b = self.layout.a_axes, self.layout.b_axes
+        return {"a1": a, "b1": b, "a2": a, "b2": b}
+
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:
         """The square of the rank."""

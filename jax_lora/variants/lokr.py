@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import Layout, Settings, Variant
+from jax_lora.adapter import RANK, Layout, Settings, Variant
 from jax_lora.virtual import virtual_weight
 
 
@@ -73,6 +73,10 @@ class LokrFactors(Variant):
         (i1, i2), (o1, o2) = split(layout.fan_in), split(layout.fan_out)
         stack = layout.stack
         return {"c": (*stack, i1, o1), "a": (*stack, i2, rank), "b": (*stack, rank, o2)}
+
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """The stack's; the others are parts of the parameter's axes, and whole."""
+        return dict.fromkeys(("c", "a", "b"), (*self.layout.stack_axes, RANK, RANK))
 
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:

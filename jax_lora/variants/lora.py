@@ -94,6 +94,11 @@ class LoraFactors(Variant):
             return settings
         return dataclasses.replace(settings, init=next(iter(FROM_WEIGHT)))
 
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the layout."""
+        a, b = self.layout.a_axes, self.layout.b_axes
+        return {"a": a, "b": b, "a0": a, "b0": b}
+
     @classmethod
     def inner_rank(cls, settings: Settings) -> int:
         """The rank, and twice that with an anchor."""

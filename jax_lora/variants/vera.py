@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from jax_lora.adapter import Layout, Settings, Variant
+from jax_lora.adapter import RANK, Layout, Settings, Variant
 from jax_lora.virtual import virtual_weight
 
 #: What ``d`` starts at, the paper's choice.
@@ -82,6 +82,12 @@ class VeraFactors(Variant):
             "d": (*layout.stack, rank),
             "g": layout.column_shape,
         }
+
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the layout, and of the vectors."""
+        layout = self.layout
+        d, g = (*layout.stack_axes, RANK), layout.column_axes
+        return {"a": layout.a_axes, "b": layout.b_axes, "d": d, "g": g}
 
     def virtual(self, w: jax.Array, path: str) -> Any:
         """``W + scale * a (d b g)``."""

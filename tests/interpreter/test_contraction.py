@@ -216,7 +216,7 @@ def test_low_rank_einsum_drops_an_axis_only_w_has(normal: Any) -> None:
     jaxpr = jax.make_jaxpr(lambda w: jnp.broadcast_to(w, (7, 4, 3)))(weight.w)
     (wide,) = Interpreter(strict=True).run(jaxpr.jaxpr, jaxpr.consts, [weight])
     x = normal(5, 4)
-    update = low_rank_einsum(x, "bi", wide, "nio", "bno")
+    update = low_rank_einsum(Interpreter(), x, "bi", wide, "nio", "bno")
     assert update.shape == (5, 1, 3)
     want = 0.5 * np.asarray(x, np.float64) @ np.asarray(factors.a) @ np.asarray(factors.b)
     np.testing.assert_allclose(update[:, 0], want, rtol=0, atol=2e-6 * np.abs(want).max())
