@@ -346,9 +346,8 @@ class TestEva:
         for path in "vw":
             jax.tree.map(np.testing.assert_array_equal, adapter[path], fresh[path])
         np.testing.assert_array_equal(adapter["d"].magnitude, fresh["d"].magnitude)
-        run = jax.jit(jl.apply(model))(params, adapter, x)
-        vera = jl.Adapter({"v": adapter["v"]})
-        np.testing.assert_array_equal(run, jax.jit(jl.apply(model))(params, vera, x))
+        # One operation after the other: compiled as a whole, XLA may fuse them in another order.
+        np.testing.assert_array_equal(jl.apply(model)(params, adapter, x), model(params, x))
 
     def test_arguments_that_are_not_arrays(self) -> None:
         model, params, plan, batches, _ = _planned(mlp())
