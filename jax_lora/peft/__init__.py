@@ -1,0 +1,7 @@
+"""Adapters and weights in the files of PyTorch's world: Hugging Face PEFT, kohya, safetensors."""
+
+from jax_lora.peft.names import FLAX as FLAX
+from jax_lora.peft.names import Name as Name
+from jax_lora.peft.reading import Loaded as Loaded
+from jax_lora.peft.reading import load as load
+from jax_lora.peft.writing import save as save
