@@ -111,8 +111,13 @@ def split(
     return factors
 
 
-def problem_of_value(place: Place) -> str:
-    """Why a parameter cannot be turned into torch's or from it; empty if it can."""
+def problem_of_value(place: Place, *, tied: bool = False) -> str:
+    """Why a parameter cannot be turned into torch's or from it; empty if it can.
+
+    With ``tied``, also if torch has it in two modules, of which only one is to have the value.
+    """
+    if len(place.used_as) > 1 and tied:
+        return place.problem_of_factors()
     matrix = place.is_weight and len(place.part_shape) > 1
     if matrix and place.layout is None and place.kind != "embedding":
         return (

@@ -147,6 +147,7 @@ class Place:
         layout: The roles of the parameter's axes; None if they are not known.
         order: For each in-axis of torch's weight, its place among the layout's.
         stacked: The number of stack-axes.
+        used_as: As what kinds of module the parameter is used.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Place:
     layout: Layout | None
     order: tuple[int, ...]
     stacked: int
+    used_as: frozenset[str] = frozenset()
 
     @property
     def module(self) -> str:
@@ -188,6 +190,20 @@ class Place:
     def outs(self) -> tuple[int, ...]:
         """The sizes of the out-axes."""
         return tuple(self.matrix.shape[i] for i in self.matrix.out_axes)
+
+    def problem_of_factors(self) -> str:
+        """Why it cannot have factors that torch's module has; empty if it can."""
+        if self.layout is None:
+            return "the roles of its axes are not in layouts"
+        if len(self.used_as) > 1:
+            return (
+                f"it is used as {' and '.join(sorted(self.used_as))}: torch's {self.module!r} is "
+                "only one of these, and adapting it leaves the other as it is; give the function "
+                "two parameters"
+            )
+        if self.kind == "embedding" and len(self.ins) > 1:
+            return f"expected an embedding to have one axis of rows, got {self.ins}"
+        return ""
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of torch's A."""
@@ -299,8 +315,8 @@ def places_of(
         if rule is None or values is None:
             continue
         shape = tuple(np.shape(leaf)) if not hasattr(leaf, "shape") else tuple(leaf.shape)
-        layout, kind = _role(layouts.get(path), shape)
-        kind = rule.kind or kind
+        layout, kinds = _role(layouts.get(path), shape)
+        kind = rule.kind or (kinds[0] if kinds else "linear")
         stack_axes = layout.stack_axes if layout else tuple(range(len(rule.counted)))
         if len(stack_axes) != len(rule.counted) or len(shape) < len(stack_axes):
             what = f"stack-axes {layout.stack_axes}" if layout else f"shape {shape}"
@@ -319,7 +335,9 @@ def places_of(
             if name in places:
                 problems.append(f"{path}: is called {name!r}, and so is {places[name].path}")
                 continue
-            places[name] = Place(name, path, index, shape, kind, layout, order, len(stack_axes))
+            places[name] = Place(
+                name, path, index, shape, kind, layout, order, len(stack_axes), frozenset(kinds)
+            )
     if problems:
         raise ConfigError("the names do not fit the parameters:\n  " + "\n  ".join(problems))
     if not places:
@@ -330,17 +348,19 @@ def places_of(
     return places
 
 
-def _role(known: Any, shape: tuple[int, ...]) -> tuple[Layout | None, Kind]:
-    """The layout and the kind that what is known of a parameter gives it."""
+def _role(known: Any, shape: tuple[int, ...]) -> tuple[Layout | None, list[Kind]]:
+    """The layout that what is known of a parameter gives it, and what kinds it is used as."""
     if isinstance(known, Layout):
-        return known, "linear"
+        return known, []
     uses: Sequence[Use] = known if isinstance(known, tuple) else getattr(known, "uses", ())
     layout = None if isinstance(known, tuple) else getattr(known, "layout", None)
+    kinds: list[Kind] = []
     for use in uses:
         found = use.layout(shape)
         if found is not None:
-            return layout or found, _KIND_OF_USE[MATRIX_USES[use.primitive]]
-    return layout, "linear"
+            layout = layout or found
+            kinds.append(_KIND_OF_USE[MATRIX_USES[use.primitive]])
+    return layout, kinds
 
 
 def _order(rule: Name, layout: Layout | None, kind: Kind) -> tuple[int, ...] | str:

@@ -223,8 +223,8 @@ def _read_factors(
                 f"{', '.join(sorted(parts))}"
             )
             continue
-        if place.layout is None:
-            problems.append(f"{place.path}: the roles of its axes are not in layouts")
+        if problem := place.problem_of_factors():
+            problems.append(f"{place.path}: {problem}")
             continue
         if bool(table) != (place.kind == "embedding"):
             what = "an embedding" if table else "no embedding"
@@ -285,7 +285,7 @@ def _read_values(
     values = {}
     for name, key in found.values.items():
         place, shape = places[name], file.tensors[key].shape
-        if problem := problem_of_value(place):
+        if problem := problem_of_value(place, tied=True):
             problems.append(f"{place.path}: {problem}")
         elif shape != place.torch_shape:
             problems.append(f"{key}: expected shape {place.torch_shape}, found {shape}")

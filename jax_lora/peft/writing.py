@@ -79,9 +79,9 @@ def save(
         if not mine:
             problems.append(f"{path}: no rule names it")
         elif isinstance(entry, FullValue):
-            bad = [place for place in mine if problem_of_value(place)]
-            problems += [f"{path}: {problem_of_value(place)}" for place in bad]
-            if not bad:
+            if problem := problem_of_value(mine[0], tied=True):
+                problems.append(f"{path}: {problem}")
+            else:
                 array = np.asarray(entry.value)
                 values |= {place.name: place.to_torch(array[place.where]) for place in mine}
         elif problem := _unfit(mine[0], getattr(entry, "layout", None)):
@@ -158,9 +158,7 @@ def _unfit(place: Place, layout: Any) -> str:
         return f"expected the name of a weight, it is {place.name!r}"
     if layout is None or place.layout != layout:
         return f"its axes are {layout} in the adapter and {place.layout} in layouts"
-    if place.kind == "embedding" and len(place.ins) > 1:
-        return f"expected an embedding to have one axis of rows, got {place.ins}"
-    return ""
+    return place.problem_of_factors()
 
 
 def _complete_modules(
