@@ -17,6 +17,12 @@ from jax_lora.lowrank import working_dtype
 from jax_lora.peft.names import Place
 from jax_lora.variants import DoraFactors, FullValue, LoraFactors, factor_matrices
 
+#: Why a matrix is not written without knowing what it is in torch.
+UNSURE = (
+    "whether it is a linear layer, an embedding or a convolution in torch is not known from a "
+    "layout alone; pass layouts=jl.discover(fun, params, x), or kind= in its rule"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -118,12 +124,14 @@ def problem_of_value(place: Place, *, tied: bool = False) -> str:
     """
     if len(place.used_as) > 1 and tied:
         return place.problem_of_factors()
-    matrix = place.is_weight and len(place.part_shape) > 1
+    matrix = len(place.part_shape) > 1 and (place.is_weight or place.layout is not None)
     if matrix and place.layout is None and place.kind != "embedding":
         return (
             f"the roles of its axes are not known, which {place.name!r} needs; pass "
             "layouts=jl.discover(fun, params, x), or kind='embedding' for a table"
         )
+    if matrix and not place.sure:
+        return UNSURE
     return ""
 
 

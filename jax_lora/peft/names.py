@@ -148,6 +148,7 @@ class Place:
         order: For each in-axis of torch's weight, its place among the layout's.
         stacked: The number of stack-axes.
         used_as: As what kinds of module the parameter is used.
+        sure: Whether the kind is known, from its rule or its use, and not assumed.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Place:
     order: tuple[int, ...]
     stacked: int
     used_as: frozenset[str] = frozenset()
+    sure: bool = True
 
     @property
     def module(self) -> str:
@@ -336,7 +338,16 @@ def places_of(
                 problems.append(f"{path}: is called {name!r}, and so is {places[name].path}")
                 continue
             places[name] = Place(
-                name, path, index, shape, kind, layout, order, len(stack_axes), frozenset(kinds)
+                name,
+                path,
+                index,
+                shape,
+                kind,
+                layout,
+                order,
+                len(stack_axes),
+                used_as=frozenset(kinds),
+                sure=rule.kind is not None or bool(kinds),
             )
     if problems:
         raise ConfigError("the names do not fit the parameters:\n  " + "\n  ".join(problems))

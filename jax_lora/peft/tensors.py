@@ -98,12 +98,13 @@ class TensorFile:
             at = start
             for stored in sorted(tensors.values(), key=lambda x: (x.begin, x.end)):
                 if stored.begin != at:
+                    at = -1
                     break
                 at = stored.end
             if at != size:
                 problems.append(
                     f"expected the tensors to fill the file of {size:,} bytes without gaps or "
-                    f"overlaps, they do so up to byte {at:,}"
+                    "overlaps, they do not"
                 )
         if problems:
             raise CheckpointError(f"{path}: {_DAMAGED}:\n  " + "\n  ".join(problems))

@@ -14,7 +14,7 @@ import numpy as np
 from jax_lora.adapter import Adapter, check_fits, leaves_by_path
 from jax_lora.errors import AdapterError, expect_type
 from jax_lora.peft.config import PeftConfig, adapter_config
-from jax_lora.peft.entries import Factors, has_values, problem_of_value, split
+from jax_lora.peft.entries import UNSURE, Factors, has_values, problem_of_value, split
 from jax_lora.peft.files import CONFIG, PREFIX, TENSORS, new_folder, write_json
 from jax_lora.peft.names import Name, Place, places_of
 from jax_lora.peft.tensors import write_tensors
@@ -158,7 +158,7 @@ def _unfit(place: Place, layout: Any) -> str:
         return f"expected the name of a weight, it is {place.name!r}"
     if layout is None or place.layout != layout:
         return f"its axes are {layout} in the adapter and {place.layout} in layouts"
-    return place.problem_of_factors()
+    return place.problem_of_factors() or ("" if place.sure else UNSURE)
 
 
 def _complete_modules(
