@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ import jax_lora as jl
 VOCAB, WIDTH, HEADS, KV, INNER, LAYERS = 19, 16, 4, 2, 24, 2
 TOKENS = np.array([[1, 5, 2, 18, 7, 3], [4, 4, 11, 0, 9, 16]])
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+# Compiling takes longer than running here.
+QUICK = {"xla_backend_optimization_level": 0}
 #: The parameters by torch's own names: `{name**}` is everything.
 SAME = (jl.peft.Name("{name**}", "{name}"),)
 
@@ -377,3 +380,44 @@ MODELS = {
         ),
     ),
 }
+
+
+def state(model: Any) -> dict[str, np.ndarray]:
+    return {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
+
+
+def logits(model: Any, inputs: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        found = model(torch.from_numpy(inputs))
+    return (found.logits if hasattr(found, "logits") else found).numpy()
+
+
+@functools.cache
+def base(which: str) -> tuple[Any, Any, Any]:
+    """The JAX parameters, their uses, and the compiled function."""
+    model = MODELS[which]
+    params = jax.tree.map(jnp.asarray, model.params(state(model.torch())))
+    uses = jl.discover(model.forward, params, jnp.asarray(model.inputs))
+    plain = jax.jit(model.forward, compiler_options=QUICK)
+    return params, uses, lambda params: np.asarray(plain(params, jnp.asarray(model.inputs)))
+
+
+def ours(model: Model, params: Any, adapter: jl.Adapter) -> np.ndarray:
+    adapted = jax.jit(jl.apply(model.forward), compiler_options=QUICK)
+    return np.asarray(adapted(params, adapter, jnp.asarray(model.inputs)))
+
+
+def distance(left: np.ndarray, right: np.ndarray) -> float:
+    assert left.shape == right.shape
+    return float(np.abs(left - right).max())
+
+
+def randomized(wrapped: Any) -> None:
+    """Every trained number off its start, so that each of them matters."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            elif parameter.requires_grad:
+                parameter *= 1 + 0.2 * torch.rand_like(parameter)

@@ -6,7 +6,6 @@ controls show that a wrong adapter is far outside of it.
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,18 @@ import jax_lora as jl
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-from tests.interop.peft_models import MODELS, Model  # noqa: E402 - needs the three above
+load_file = pytest.importorskip("safetensors.numpy").load_file
+from tests.interop.peft_models import (  # noqa: E402 - needs the three above
+    MODELS,
+    Model,
+    base,
+    distance,
+    logits,
+    ours,
+    randomized,
+)
 
 CLOSE, FAR = 5e-6, 1e-2
-# Compiling takes longer than running here.
-QUICK = {"xla_backend_optimization_level": 0}
 
 pytestmark = [
     # PEFT asks the hub about the base, and says that it could not, or that it saves a table.
@@ -39,47 +45,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def _state(model: Any) -> dict[str, np.ndarray]:
-    return {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
-
-
-def _logits(model: Any, inputs: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        found = model(torch.from_numpy(inputs))
-    return (found.logits if hasattr(found, "logits") else found).numpy()
-
-
-@functools.cache
-def _base(which: str) -> tuple[Any, Any, Any]:
-    """The JAX parameters, their uses, and the compiled function."""
-    model = MODELS[which]
-    params = jax.tree.map(jnp.asarray, model.params(_state(model.torch())))
-    uses = jl.discover(model.forward, params, jnp.asarray(model.inputs))
-    plain = jax.jit(model.forward, compiler_options=QUICK)
-    return params, uses, lambda params: np.asarray(plain(params, jnp.asarray(model.inputs)))
-
-
-def _ours(model: Model, params: Any, adapter: jl.Adapter) -> np.ndarray:
-    adapted = jax.jit(jl.apply(model.forward), compiler_options=QUICK)
-    return np.asarray(adapted(params, adapter, jnp.asarray(model.inputs)))
-
-
-def _distance(left: np.ndarray, right: np.ndarray) -> float:
-    assert left.shape == right.shape
-    return float(np.abs(left - right).max())
-
-
-def _randomized(wrapped: Any) -> None:
-    """Every trained number off its start, so that each of them matters."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
-            elif parameter.requires_grad:
-                parameter *= 1 + 0.2 * torch.rand_like(parameter)
 
 
 IMPORTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -155,18 +120,18 @@ def test_an_adapter_of_peft_is_the_same_function_here(case: str, tmp_path: Path)
     model = MODELS[which]
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "lora_dropout": 0.1} | settings)
     wrapped = peft.get_peft_model(model.torch(), config)
-    _randomized(wrapped)
+    randomized(wrapped)
     wrapped.eval()
     wrapped.save_pretrained(tmp_path)
-    expected = _logits(wrapped, model.inputs)
+    expected = logits(wrapped, model.inputs)
 
-    params, uses, plain = _base(which)
+    params, uses, plain = base(which)
     adapter, _, names = jl.peft.load(tmp_path, params, model.names, uses)
-    assert _distance(_ours(model, params, adapter), expected) < CLOSE
+    assert distance(ours(model, params, adapter), expected) < CLOSE
     # Controls: the adapter matters, and so does everything in it.
-    assert _distance(plain(params), expected) > FAR
+    assert distance(plain(params), expected) > FAR
     assert set(names.values()) == set(adapter)
-    assert _distance(plain(jl.merge(params, adapter)), expected) < 2 * CLOSE
+    assert distance(plain(jl.merge(params, adapter)), expected) < 2 * CLOSE
 
 
 def _random_adapter(model: Model, params: Any, config: jl.LoraConfig) -> jl.Adapter:
@@ -269,18 +234,16 @@ EXPORTS: dict[str, tuple[str, jl.LoraConfig, dict[str, Any]]] = {
 def test_peft_loads_an_adapter_of_ours(case: str, tmp_path: Path) -> None:
     which, config, settings = EXPORTS[case]
     model = MODELS[which]
-    params, uses, plain = _base(which)
+    params, uses, plain = base(which)
     adapter = _random_adapter(model, params, config)
-    ours = _ours(model, params, adapter)
+    expected = ours(model, params, adapter)
     jl.peft.save(tmp_path / "ours", adapter, params, model.names, uses, **settings)
 
     wrapped = peft.PeftModel.from_pretrained(model.torch(), tmp_path / "ours").eval()
-    assert _distance(_logits(wrapped, model.inputs), ours) < CLOSE
-    assert _distance(plain(params), ours) > FAR
+    assert distance(logits(wrapped, model.inputs), expected) < CLOSE
+    assert distance(plain(params), expected) > FAR
 
     wrapped.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    from safetensors.numpy import load_file
-
     file = "adapter_model.safetensors"
     before, after = (load_file(tmp_path / name / file) for name in ("ours", "theirs"))
     assert before.keys() == after.keys()
@@ -294,4 +257,4 @@ def test_peft_loads_an_adapter_of_ours(case: str, tmp_path: Path) -> None:
     # And back, from both.
     for name in ("ours", "theirs"):
         again = jl.peft.load(tmp_path / name, params, model.names, uses).adapter
-        assert _distance(_ours(model, params, again), ours) < CLOSE
+        assert distance(ours(model, params, again), expected) < CLOSE
