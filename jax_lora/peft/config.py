@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -131,13 +132,21 @@ class PeftConfig:
             )
         return found
 
+    @functools.cached_property
+    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
+        return _compiled(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
+        return _compiled(self.alpha_pattern)
+
     def rank_of(self, module: str) -> int:
         """The rank of a module."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return _first(self._ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """What multiplies a module's update."""
-        rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), _first(self._alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def is_saved(self, module: str) -> bool:
@@ -297,9 +306,13 @@ def pattern_problem(pattern: str) -> str:
     return ""
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    matches = (x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(matches, default)
+def _compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+    # Once: Python keeps a few hundred itself, and a model may have more.
+    return [(re.compile(rf"(.*\.)?({key})$"), x) for key, x in patterns.items()]
+
+
+def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+    return next((x for pattern, x in patterns if pattern.match(module)), default)
 
 
 def _ends_with(module: str, ends: Iterable[str]) -> bool:

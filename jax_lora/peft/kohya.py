@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_lora.errors import CheckpointError, near_misses
+from jax_lora.errors import CheckpointError
 from jax_lora.peft.entries import Factors, build
 from jax_lora.peft.names import Name, Place, places_of
-from jax_lora.peft.reading import Loaded, check_pair, read_numbers
+from jax_lora.peft.reading import Loaded, check_pair, read_numbers, unknown
 from jax_lora.peft.tensors import TensorFile
 
 _ENDS = {"lora_down.weight", "lora_up.weight", "alpha"}
@@ -64,7 +64,7 @@ def load_kohya(
         if end not in _ENDS:
             problems.append(f"{key}: expected a key of LoRA: {', '.join(sorted(_ENDS))}")
         elif module not in called:
-            problems.append(f"{key}: no module is called so ({near_misses(module, called)})")
+            problems.append(f"{key}: {unknown('module', module, called, problems)}")
         else:
             found.setdefault(called[module], {})[end] = key
     factors: dict[str, Factors] = {}

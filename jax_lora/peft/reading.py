@@ -177,7 +177,7 @@ def _sort_keys(
         end = next((end for end in _PARTS if rest.endswith(end)), None)
         if end is None:
             if rest not in places:
-                problems.append(f"{key}: no parameter is called {rest!r} ({_near(rest, places)})")
+                problems.append(f"{key}: {unknown('parameter', rest, places, problems)}")
             elif not config.is_saved(places[rest].module):
                 problems.append(f"{key}: its module is not in modules_to_save")
             else:
@@ -185,7 +185,7 @@ def _sort_keys(
             continue
         module = rest.removesuffix(end)
         if module not in modules:
-            problems.append(f"{key}: no module is called {module!r} ({_near(module, modules)})")
+            problems.append(f"{key}: {unknown('module', module, modules, problems)}")
         elif not config.is_target(module):
             problems.append(f"{key}: the configuration does not adapt {module!r}")
         else:
@@ -303,5 +303,7 @@ def _same_base(place: Place, base: np.ndarray, leaf: Any) -> bool:
     return bool((base.astype(narrow) == ours.astype(narrow)).all())
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    return near_misses(name, known)
+def unknown(what: str, name: str, known: Iterable[str], problems: list[str]) -> str:
+    """That nothing is called so, and what is nearly: not for the thousandth, which takes long."""
+    nearest = f" ({near_misses(name, known)})" if len(problems) < 20 and len(name) < 300 else ""
+    return f"no {what} is called {name!r}{nearest}"

@@ -20,6 +20,9 @@ from jax_lora.peft.names import Name, Place, places_of
 from jax_lora.peft.tensors import write_tensors
 from jax_lora.variants import DoraFactors, FullValue
 
+#: PEFT's own word for an adapter that is all `modules_to_save`; an empty list it refuses.
+NO_TARGETS = "dummy-target-modules"
+
 
 def save(
     folder: str | Path,
@@ -206,6 +209,8 @@ def _as_targets(
     targets: list[str], saved: list[str], places: Mapping[str, Place]
 ) -> tuple[str, ...] | str:
     """The full names, or, where they are also the ends of other names, one expression for them."""
+    if not targets:
+        return NO_TARGETS
     config = PeftConfig(1, 1.0, tuple(targets), saved=tuple(saved))
     others = _all_modules(places) - set(targets)
     if not any(config.is_target(module) for module in others):

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
+import pytest
 
 import jax_lora as jl
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 VOCAB, WIDTH, HEADS, KV, INNER, LAYERS = 19, 16, 4, 2, 24, 2
 TOKENS = np.array([[1, 5, 2, 18, 7, 3], [4, 4, 11, 0, 9, 16]])

@@ -188,6 +188,7 @@ EXPORTS: dict[str, tuple[str, jl.LoraConfig, dict[str, Any]]] = {
         ),
         {},
     ),
+    "llama-full": ("llama", jl.LoraConfig(targets=(R("head/kernel", variant="full"),)), {}),
     "llama-rows": (
         "llama",
         jl.LoraConfig(rank=2, targets=(R("embed/embedding", rows=(1, 4, 5)), "**/q/kernel")),

@@ -202,3 +202,52 @@ def test_scaled_adapters_keep_their_scale(world: World, tmp_path: Path) -> None:
         world.save(tmp_path / str(flat), adapter, flat=flat)
         found = jl.delta(world.load(tmp_path / str(flat)))["head/kernel"]
         np.testing.assert_allclose(found, jl.delta(adapter)["head/kernel"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "count"),
+    [
+        (jl.Layout((4, 2, 3), (0,), (1, 2)), "q.weight", 1),  # to several heads
+        (jl.Layout((2, 3, 4), (0, 1), (2,)), "o.weight", 1),  # and from them
+        (jl.Layout((5, 4), (1,), (0,)), "w.weight", 1),  # as torch has it
+        (jl.Layout((3, 2, 4), (2,), (0,), (1,)), "h.{k}.w.weight", 2),  # layers in the middle
+        (jl.Layout((2, 3, 4, 5), (2,), (3,), (0, 1)), "h.{k}.e.{j}.w.weight", 6),
+        (jl.Layout((2, 4, 3, 5), (1, 2), (3,), (0,)), "h.{k}.o.weight", 2),
+    ],
+)
+@pytest.mark.parametrize("variant", [jl.LoraFactors, jl.FullValue])
+def test_axes_in_any_order(
+    layout: jl.Layout, name: str, count: int, variant: Any, tmp_path: Path
+) -> None:
+    """Each matrix of the stack is, for torch, ``[out, in]`` with its axes flattened in order."""
+    rng = np.random.default_rng(0)
+    rank = 2
+
+    def normal(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    w = normal(layout.shape)
+    entry: Any = jl.FullValue(normal(layout.shape), layout.shape)
+    if variant is jl.LoraFactors:
+        a, b = normal(layout.a_shape(rank)), normal(layout.b_shape(rank))
+        entry = jl.LoraFactors(a, b, jnp.float32(0.5), layout)
+    adapter = jl.Adapter({"w": entry})
+    rules = [jl.peft.Name("w", name, kind="linear")]
+    jl.peft.save(tmp_path / "out", adapter, {"w": w}, rules, {"w": layout})
+    tensors = _file(tmp_path / "out")
+    assert len(tensors) == count * (2 if variant is jl.LoraFactors else 1)
+    change = jl.delta(adapter, {"w": w})["w"]
+    matrices = np.asarray(layout.matrices(change)).reshape(-1, layout.fan_in, layout.fan_out)
+    bases = np.asarray(layout.matrices(w)).reshape(matrices.shape)
+    for index, expected, base in zip(np.ndindex(layout.stack), matrices, bases, strict=True):
+        fields = dict(zip(("k", "j"), index, strict=False))
+        module = P + name.format(**fields).removesuffix(".weight")
+        if variant is jl.LoraFactors:
+            found = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+            np.testing.assert_allclose(found.T, expected, rtol=1e-5, atol=1e-6)
+        else:
+            found = tensors[f"{module}.weight"]
+            np.testing.assert_allclose(found.T - base, expected, rtol=1e-5, atol=1e-6)
+    again = jl.peft.load(tmp_path / "out", {"w": w}, rules, {"w": layout}).adapter
+    found = jl.delta(again, {"w": w})["w"]
+    np.testing.assert_allclose(found, change, rtol=1e-5, atol=1e-6)
