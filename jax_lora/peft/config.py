@@ -35,7 +35,7 @@ _IDLE = frozenset(
 _PLAIN_STARTS = ("default", "gaussian", "eva", "orthogonal", "mica")
 #: Ways of starting that subtract the factors at the start from the base.
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
-_MAX_PATTERN, _MAX_QUANTIFIERS = 2000, 6
+_MAX_PATTERN, _MAX_QUANTIFIERS = 2000, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,10 +280,12 @@ def pattern_problem(pattern: str) -> str:
         >>> pattern_problem(r".*layers\.(0|1)\..*_proj"), bool(pattern_problem(r"(a+)+b"))
         ('', True)
     """
-    if len(pattern) > _MAX_PATTERN and re.search(r"[*+?{]", pattern):
-        return f"a regular expression of more than {_MAX_PATTERN} characters"
+    limit = _MAX_PATTERN if re.search(r"[*+?{]", pattern) else 100 * _MAX_PATTERN
+    if len(pattern) > limit:
+        return f"a regular expression of more than {limit:,} characters"
     try:
-        re.compile(pattern)
+        for whole in (pattern, rf"(.*\.)?({pattern})$", rf"(?:^|.*?\.){pattern}\.(\d+)\."):
+            re.compile(whole)
     except (re.error, OverflowError, RecursionError) as error:
         return f"no regular expression ({error})"
     plain = re.sub(r"\\.", "x", pattern, flags=re.S)

@@ -141,6 +141,16 @@ def read_numbers(file: TensorFile, key: str, problems: list[str]) -> np.ndarray 
 
 def _open(folder: str | Path) -> tuple[Path, PeftConfig, dict[str, Any], TensorFile]:
     path = Path(folder).expanduser().absolute()
+    try:
+        _check_folder(folder, path)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    stored = read_json(path / CONFIG)
+    config = PeftConfig.from_json(str(path / CONFIG), stored)
+    return path, config, stored, TensorFile.open(path / TENSORS)
+
+
+def _check_folder(folder: str | Path, path: Path) -> None:
     if not path.is_dir():
         near = sorted(p.name for p in path.parent.glob("[!.]*/")) if path.parent.is_dir() else []
         beside = f"; beside it: {', '.join(near[:9])}" if near else ""
@@ -151,9 +161,6 @@ def _open(folder: str | Path) -> tuple[Path, PeftConfig, dict[str, Any], TensorF
         raise CheckpointError(
             f"{folder}: expected {TENSORS}, found {held}{pickled if '.bin' in held else ''}"
         )
-    stored = read_json(path / CONFIG)
-    config = PeftConfig.from_json(str(path / CONFIG), stored)
-    return path, config, stored, TensorFile.open(path / TENSORS)
 
 
 class _Found(NamedTuple):

@@ -193,6 +193,9 @@ def test_all_that_does_not_fit_is_one_error(world: World, tensors: Tensors, tmp_
         ({"rank_pattern": {"(x|x)+y": 2}}, "rank_pattern: .* repeats a repetition"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern: expected a positive integer for 'fc'"),
         ({"rank_pattern": [1]}, "rank_pattern: expected an object"),
+        ({"rank_pattern": {"(?i)fc": 2}}, "rank_pattern: .* no regular expression"),
+        ({"modules_to_save": ["(?i)fc"]}, "modules_to_save: .* no regular expression"),
+        ({"layers_pattern": "(?i)h"}, "layers_pattern: .* no regular expression"),
         ({"modules_to_save": ["head"]}, "the configuration does not adapt 'head'"),
         ({"use_dora": True}, "expected keys for A, B, magnitude, found A, B"),
         ({"use_dora": "yes"}, "use_dora: expected true or false, found 'yes'"),
@@ -338,6 +341,8 @@ def test_flax_names() -> None:
     [
         r".*layers\.(0|1)\.self_attn\.(q|k|v)_proj",
         r"^(?!.*vision).*(?:q_proj|k_proj)$",
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\."
+        r"[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))",
         r"model\.layers\.\d+\.mlp\.(up|down)_proj",
         "q_proj",
         "(" + "|".join(rf"model\.layers\.{k}\.self_attn\.q_proj" for k in range(200)) + ")",
