@@ -112,10 +112,11 @@ def save(
     if not flat and factors:
         kept = {places[name].module: (x.a.shape[0], _alpha(x)) for name, x in factors.items()}
         (rank, alpha), _ = Counter(kept.values()).most_common(1)[0]
-        # A pattern is tried on the ends of names, so the longer ones come first.
-        for module in sorted(kept, key=lambda m: (-len(m), m)):
+        for module in sorted(kept):
             if kept[module] != (rank, alpha):
-                rank_pattern[re.escape(module)], alpha_pattern[re.escape(module)] = kept[module]
+                # PEFT tries a pattern on the ends of names, too, unless it begins with a caret.
+                pattern = f"^{re.escape(module)}"
+                rank_pattern[pattern], alpha_pattern[pattern] = kept[module]
     tensors: dict[str, np.ndarray] = {}
     for name, x in factors.items():
         tensors |= _tensors_of(places[name], x, rank if flat else x.a.shape[0])

@@ -274,6 +274,13 @@ def test_a_table_that_is_also_the_head_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, {"target_modules": ["embed"]}, tensors)
     with pytest.raises(CheckpointError, match="used as embedding and linear"):
         jl.peft.load(folder, params, names, uses)
+    values = {f"{P}embed.weight": np.ones((5, 3), np.float32)}
+    whole = {"target_modules": ["x"], "modules_to_save": ["embed"]}
+    with pytest.raises(CheckpointError, match="used as embedding and linear"):
+        jl.peft.load(write(tmp_path / "whole", whole, values), params, names, uses)
+    full = jl.Adapter({"table": jl.FullValue(params["table"], (5, 3))})
+    with pytest.raises(AdapterError, match="used as embedding and linear"):
+        jl.peft.save(tmp_path / "out", full, params, names, uses)
     single = jl.discover(lambda p, t: p["table"][t], params, jnp.zeros((2,), jnp.int32))
     assert "table" in jl.peft.load(folder, params, names, single).adapter
     # Without its use it is not known to be an embedding, and the keys say that it is one.

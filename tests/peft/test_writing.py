@@ -95,6 +95,19 @@ def test_the_same_update_again(world: World, tmp_path: Path, flat: bool, variant
     assert not flat or {x.rank for x in again.values()} == {config["r"]}
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_lora_beside_dora_is_written_as_dora(world: World, tmp_path: Path, flat: bool) -> None:
+    """PEFT has one setting for all: magnitudes that make DoRA the same update as LoRA."""
+    targets = (R("head/kernel", variant="dora"), R("layers/w", alpha=5), R("table", alpha=1))
+    adapter = world.adapter(targets=targets)
+    world.save(tmp_path / "out", adapter, flat=flat)
+    again = world.load(tmp_path / "out")
+    assert {type(entry) for entry in again.values()} == {jl.DoraFactors}
+    found, expected = jl.delta(again, world.params), jl.delta(adapter, world.params)
+    for path, update in expected.items():
+        np.testing.assert_allclose(found[path], update, rtol=1e-5, atol=1e-5)
+
+
 def test_whole_modules_are_written(world: World, tmp_path: Path) -> None:
     adapter = world.adapter(targets=("layers/w", R("head/bias", variant="full")))
     world.save(tmp_path / "out", adapter)
@@ -114,9 +127,9 @@ def test_names_that_are_ends_of_others_get_an_expression(tmp_path: Path) -> None
     """PEFT takes a name in a list as the end of a name: `q` would adapt `x.q`, too."""
 
     def fun(p: Any, x: Any) -> Any:
-        return x @ p["q"] @ p["x"]["q"]
+        return x @ p["q"] @ p["x"]["q"] @ p["y"] @ p["z"]
 
-    params = {"q": jnp.eye(3), "x": {"q": jnp.eye(3)}}
+    params = {"q": jnp.eye(3), "x": {"q": jnp.eye(3)}, "y": jnp.eye(3), "z": jnp.eye(3)}
     uses = jl.discover(fun, params, jnp.ones((1, 3)))
     names = [("{module**}", "{module}.weight")]
     plan = jl.plan(fun, params, jnp.ones((1, 3)), config=jl.LoraConfig(rank=1, targets=("q",)))
@@ -124,6 +137,21 @@ def test_names_that_are_ends_of_others_get_an_expression(tmp_path: Path) -> None
     jl.peft.save(tmp_path / "out", adapter, params, names, uses)
     assert _config(tmp_path / "out")["target_modules"] == "(q)"
     assert set(jl.peft.load(tmp_path / "out", params, names, uses).adapter) == {"q"}
+    # A pattern is tried on the ends of names, too, and the first that matches decides.
+    both = jl.LoraConfig(
+        targets=(R("q", rank=1, alpha=5), R("x/q", rank=2, alpha=7), R("*", rank=3, alpha=9))
+    )
+    adapter = jl.init(
+        jax.random.key(0), params, jl.plan(fun, params, jnp.ones((1, 3)), config=both)
+    )
+    jl.peft.save(tmp_path / "both", adapter, params, names, uses, flat=False)
+    again = jl.peft.load(tmp_path / "both", params, names, uses).adapter
+    assert {path: (x.rank, float(x.scale)) for path, x in again.items()} == {
+        "q": (1, 5.0),
+        "x/q": (2, 3.5),
+        "y": (3, 3.0),
+        "z": (3, 3.0),
+    }
     whole = jl.Adapter({"q": jl.FullValue(jnp.ones((3, 3)), (3, 3))})
     with pytest.raises(AdapterError, match=r"x\.q: would be trained whole, too"):
         jl.peft.save(tmp_path / "whole", whole, params, names, uses)
