@@ -48,12 +48,13 @@ from jax_lora.variants import cache_norms as cache_norms
 if TYPE_CHECKING:
     from jax_lora import io as io
     from jax_lora import optim as optim
+    from jax_lora import peft as peft
     from jax_lora import training as training
 
 __version__ = "0.1.0"
 
 # These need optax or orbax, which take longer to import than all the rest: loaded at first use.
-_LAZY = ("io", "optim", "training")
+_LAZY = ("io", "optim", "peft", "training")
 
 
 def __getattr__(name: str) -> Any:

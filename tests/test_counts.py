@@ -96,7 +96,9 @@ def _convolution(p: Any, x: Any) -> Any:
 def _convolution_by_hand(p: Any, f: Any, x: Any) -> Any:
     def conv(x: Any, name: str) -> Any:
         hidden = lax.conv_general_dilated(x, f[name].a, **_CONV) * f[name].scale
-        return lax.conv_general_dilated(x, p[name], **_CONV) + hidden @ f[name].b
+        pixel = {**_CONV, "window_strides": (1, 1)}
+        update = lax.conv_general_dilated(hidden, f[name].b[None, None], **pixel)
+        return lax.conv_general_dilated(x, p[name], **_CONV) + update
 
     return conv(jax.nn.relu(conv(x, "c0")), "c1")
 

@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "variants",
         "transform optim training io dropout",
         "discover algebra combine extract",
-        "selection",
+        "selection peft",
         "plan summary",
         "from_data",
     )

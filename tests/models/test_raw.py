@@ -103,7 +103,7 @@ FACTORED: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Any], Any]] 
         _routed,
         (7, 8),
     ),
-    "experts by index": (STACK, _dispatched, (4, 8)),
+    "experts by index": (STACK, _dispatched, (5, 8)),
     "sum with a term of no input": (W, _with_a_term, (4, 8)),
     "tied head": ({"table": (11, 8), "w": (8, 8)}, _tied_head, np.array([[3, 0], [10, 3]])),
     "fori_loop with a dynamic slice": (STACK, _fori, (4, 8)),
@@ -296,7 +296,7 @@ MANY = {
     ),
     "embedding": ({"w": (9, 4)}, lambda p, i: p["w"][i], np.array([[3, 0], [8, 3]])),
     "experts by einsum": ({"up": (3, 8, 5), "down": (3, 5, 8)}, _experts, (3, 4, 8)),
-    "experts by index": (STACK, _dispatched, (4, 8)),
+    "experts by index": (STACK, _dispatched, (5, 8)),
     "cond": (
         W,
         lambda p, x: lax.cond(x[0, 0] > 0, lambda w: x @ w, lambda w: jnp.sin(x @ w.T), p["w"]),

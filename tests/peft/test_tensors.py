@@ -1,0 +1,192 @@
+"""Hostile and damaged files: each is read as what it says, or refused by one error of ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jax_lora as jl
+from jax_lora.errors import CheckpointError, JaxLoraError
+from jax_lora.peft.tensors import TensorFile, write_tensors
+from tests.peft.small import P, World, write
+
+TARGETS = {"target_modules": ["head", "fc"]}
+
+
+def _raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _entry(dtype: str = "F32", shape: Any = (2,), places: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": places}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "they say 0 bytes, and the file has 0"),
+        (b"abc", "the file has 3"),
+        (_raw({}, length=2**63), "they say 9,223,372,036,854,775,808 bytes"),
+        (_raw({}, length=3), "they say 3 bytes, and the file has 10"),
+        (_raw(b"\xff\xfe"), "cannot be read as JSON"),
+        (_raw(b"[1]"), "expected a JSON object, found list"),
+        (_raw(b'{"a":' * 50000), "cannot be read as JSON"),
+        (_raw(b'{"a": 1, "a": 2}'), "a name occurs twice"),
+        (_raw(b'{"a": ' + b"9" * 5000 + b"}"), "cannot be read as JSON"),
+        (_raw({"__metadata__": {"x": 1}}), "__metadata__: expected strings"),
+        (_raw({"x": 1}), "x: expected dtype, shape and data_offsets"),
+        (_raw({"x": _entry() | {"y": 1}}, bytes(8)), "x: expected dtype, shape and data_offsets"),
+        (_raw({"x": _entry("F33")}, bytes(8)), "x: expected a dtype among"),
+        (_raw({"x": _entry(shape=[-2])}, bytes(8)), "to be non-negative integers"),
+        (_raw({"x": _entry(shape=[True, 2])}, bytes(8)), "to be non-negative integers"),
+        (_raw({"x": _entry(shape=[2.0])}, bytes(8)), "to be non-negative integers"),
+        (_raw({"x": _entry(shape=[1] * 99)}, bytes(8)), "to be non-negative integers"),
+        (_raw({"x": _entry(places=[0])}, bytes(8)), "to be non-negative integers"),
+        (_raw({"x": _entry(places=[8, 0])}, bytes(8)), "data_offsets leave it -8"),
+        (_raw({"x": _entry(shape=[3])}, bytes(8)), "takes 12 bytes, data_offsets leave it 8"),
+        (_raw({"x": _entry(shape=[2**31, 2**29])}, bytes(8)), "data_offsets leave it 8"),
+        # A terabyte that is not there: refused before memory is taken.
+        (_raw({"x": _entry(shape=[2**38], places=[0, 2**40])}, bytes(8)), "to fill the file"),
+        (_raw({"x": _entry()}, bytes(9)), "to fill the file"),
+        (_raw({"x": _entry()}, bytes(7)), "to fill the file"),
+        (_raw({"x": _entry(places=[1, 9])}, bytes(9)), "to fill the file"),
+        (_raw({"x": _entry(), "y": _entry()}, bytes(8)), "to fill the file"),
+        (_raw({"x": _entry(), "y": _entry(places=[4, 12])}, bytes(12)), "to fill the file"),
+    ],
+)
+def test_a_header_that_lies(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        TensorFile.open(file)
+    assert message in str(caught.value)
+
+
+def test_a_right_header_is_read(tmp_path: Path) -> None:
+    """The control of the test above."""
+    file = tmp_path / "x.safetensors"
+    data = np.array([1.5, -2], np.float32).tobytes()
+    for shape in ([2], [2, 1], [1, 2]):
+        file.write_bytes(_raw({"__metadata__": {"a": "b"}, "x": _entry(shape=shape)}, data))
+        opened = TensorFile.open(file)
+        assert opened.metadata == {"a": "b"}
+        np.testing.assert_array_equal(opened.read("x"), np.array([1.5, -2]).reshape(shape))
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="expected a safetensors file, found none"):
+            TensorFile.open(path)
+    with pytest.raises(CheckpointError, match="expected dtypes float64, float32"):
+        write_tensors(tmp_path / "x", {"x": np.zeros(2, np.int32)})
+
+
+def test_integers_are_no_factors(
+    world: World, tensors: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    key = f"{P}head.lora_A.weight"
+    tensors[key] = np.ones((2, 6), np.int32)
+    with pytest.raises(CheckpointError, match="expected F64, F32, F16, BF16, found I32"):
+        world.load(write(tmp_path, TARGETS, tensors))
+
+
+def test_every_truncation_is_refused(
+    world: World, tensors: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    folder = write(tmp_path, TARGETS, tensors)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (folder / name).read_bytes()
+        for length in range(0, len(whole), 1 + len(whole) // 150):
+            (folder / name).write_bytes(whole[:length])
+            with pytest.raises(JaxLoraError):
+                world.load(folder)
+        (folder / name).write_bytes(whole)
+    assert world.load(folder)
+
+
+def _mutated(rng: np.random.Generator, content: bytes) -> bytes:
+    """A few bytes flipped, removed, doubled, or overwritten by what JSON is made of."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data)))
+        which = rng.integers(5)
+        if which == 0:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif which == 1:
+            del data[at : at + int(rng.integers(1, 9))]
+        elif which == 2:
+            data[at:at] = data[at : at + int(rng.integers(1, 9))]
+        elif which == 3:
+            data[at : at + 1] = rng.choice(list(b'0129"{}[],:.-eE ntf')).astype(np.uint8).tobytes()
+        else:
+            data[at] = int(rng.integers(256))
+        if not data:
+            break
+    return bytes(data)
+
+
+def _formula(folder: Path) -> dict[str, np.ndarray]:
+    """The updates that the files say, in float64, by a reader of its own."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+
+    def read(key: str) -> np.ndarray:
+        entry = header[key]
+        begin, end = (8 + length + x for x in entry["data_offsets"])
+        x = np.frombuffer(content[begin:end], kinds[entry["dtype"]])
+        return x.reshape(entry["shape"]).astype(np.float64)
+
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return {
+        key.removesuffix(".lora_A.weight").removeprefix(P): scale
+        * (read(key.replace("lora_A", "lora_B")) @ read(key)).T
+        for key in header
+        if key.endswith(".lora_A.weight")
+    }
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_mutation_is_read_as_it_is_or_refused(
+    world: World, tensors: dict[str, np.ndarray], tmp_path: Path, name: str
+) -> None:
+    """A flipped bit of a number cannot be seen: then the adapter is what the file says."""
+    folder = write(tmp_path, TARGETS | {"use_rslora": False, "rank_pattern": {}}, tensors)
+    whole = (folder / name).read_bytes()
+    # Of the tensors, mostly the header is interesting.
+    (length,) = struct.unpack("<Q", whole[:8]) if "model" in name else (len(whole),)
+    rng = np.random.default_rng(0)
+    read, refused = 0, 0
+    for k in range(250):
+        cut = min(8 + length, len(whole))
+        content = bytearray(_mutated(rng, whole[:cut]) + whole[cut:])
+        if k % 5 == 0 and cut < len(whole):
+            content = bytearray(whole)
+            content[int(rng.integers(cut, len(whole)))] ^= 1 << int(rng.integers(8))
+        (folder / name).write_bytes(content)
+        try:
+            adapter = world.load(folder)
+        except JaxLoraError:
+            refused += 1
+            continue
+        read += 1
+        expected = _formula(folder)
+        largest = max(float(np.abs(x).max()) for x in expected.values())
+        if largest > 1e30:
+            continue  # a flipped exponent: the product overflows in float32
+        updates = jl.delta(adapter)
+        for module, update in expected.items():
+            path, at = ("head/kernel", ...) if module == "head" else ("layers/w", int(module[7]))
+            np.testing.assert_allclose(updates[path][at], update, rtol=1e-5, atol=1e-5 * largest)
+    assert read > 5
+    assert refused > 100
