@@ -108,7 +108,9 @@ MODELS = {
         _numbers(2, 8, 4),
         ("conv", "grouped", "head"),
     ),
-    "experts": Model(_experts, {"up": (3, 6, 5), "down": (3, 5, 4)}, _numbers(5, 6), ("up", "down")),
+    "experts": Model(
+        _experts, {"up": (3, 6, 5), "down": (3, 5, 4)}, _numbers(5, 6), ("up", "down")
+    ),
 }
 
 
