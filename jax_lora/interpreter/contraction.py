@@ -23,6 +23,8 @@ from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, r
 from jax_lora.virtual import LoraWeight, wider
 
 _RANK_LETTER = "Z"
+#: Leaves no trace of an inner `jax.jit` in the jaxpr around it; older versions know one way only.
+_INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 #: What a convolution with another kernel has in common with the one it stands for.
 _CONV_PARAMS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
@@ -109,7 +111,7 @@ def low_rank_einsum(
         *("dtype", "specs", "out_shardings", "new_axes"),
         *("precision", "preferred_element_type"),
     ),
-    inline=True,
+    inline=_INLINE,
 )
 def _two_products(
     x: jax.Array,
