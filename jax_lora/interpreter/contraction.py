@@ -25,6 +25,8 @@ from jax_lora.interpreter.cost import Product
 from jax_lora.virtual import LoraWeight, aligned, wider
 
 _RANK_LETTER = "Z"
+#: Leaves no trace of an inner `jax.jit` in the jaxpr around it; older versions know one way only.
+_INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 #: What a convolution with another kernel has in common with the one it stands for.
 _CONV_PARAMS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
@@ -113,13 +115,13 @@ def low_rank_einsum(
 @functools.partial(
     jax.jit,
     static_argnames=("spec", "dtype", "out_sharding", "precision", "preferred_element_type"),
-    inline=True,
+    inline=_INLINE,
 )
 def _einsum(spec: str, x: jax.Array, factor: jax.Array, *, dtype: Any, **options: Any) -> jax.Array:
     return jnp.einsum(spec, x.astype(dtype), factor.astype(dtype), **options)
 
 
-@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+@functools.partial(jax.jit, static_argnames="dtype", inline=_INLINE)
 def _scaled(hidden: jax.Array, scale: jax.Array, *, dtype: Any) -> jax.Array:
     return (hidden * scale.astype(hidden.dtype)).astype(dtype)
 
