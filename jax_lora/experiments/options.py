@@ -127,7 +127,8 @@ class LoraOptions(Options):
         scaling: What multiplies x A B: "alpha" as in the article, "standard" alpha/r as in the
             paper, "rslora" alpha/sqrt(r).
         init: How A starts: "article" uniform on ±1/sqrt(r), "kaiming" uniform on ±1/sqrt(in),
-            "gaussian" normal with standard deviation 1/r.
+            "gaussian" normal with standard deviation 1/r, "orthogonal" with orthonormal columns; or
+            A and B are parts of the weight, whose product is subtracted: "pissa", "olora".
         targets: Globs of the parameters to adapt.
         exclude: Globs of parameters to leave alone.
     """
