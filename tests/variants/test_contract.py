@@ -419,8 +419,7 @@ def test_one_program_for_many_adapters(case: str, normal: Any, started: Any, sti
     adapters.append(jl.Adapter({"w": dataclasses.replace(adapters[1]["w"], scale=jnp.float32(5))}))
     outs = {np.asarray(run(params, adapter, x)).tobytes() for adapter in adapters}
     assert (len(traces), len(outs)) == (1, 3)
-    other = jax.eval_shape(lambda: started(model, params, x, rank=3, **settings))
-    jax.eval_shape(run, params, other, x)
+    run.trace(params, started(model, params, x, rank=3, **settings), x)
     assert len(traces) == 2  # negative control
 
 
@@ -439,7 +438,7 @@ def test_rank_padding_changes_neither_output_nor_gradient(
     adapter = stirred(started(model, params, x, **settings))
     plain = jl.resize(adapter, adapter["w"].a.shape[-1] * (2 if init else 1)).adapter
     larger, errors = jl.resize(adapter, 9)
-    assert larger["w"].NAME == variant
+    assert type(larger["w"]) is type(adapter["w"])
     assert float(errors["w"]) == 0
     adapted = jl.apply(model, strict=True)
 
