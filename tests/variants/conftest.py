@@ -195,8 +195,8 @@ def started() -> Callable[..., jl.Adapter]:
     def start(fun: Any, params: Any, *args: Any, seed: int = 0, **settings: Any) -> jl.Adapter:
         config = jl.LoraConfig(**{"rank": 2, "alpha": 3.0, **settings})
         plan = jl.plan(fun, params, *args, config=config)
-        init = jax.jit(lambda params: jl.init(jax.random.key(seed), params, plan))
-        return init(params)
+        init = lambda params: jl.init(jax.random.key(seed), params, plan)  # noqa: E731
+        return jax.jit(init, compiler_options=QUICK)(params)
 
     return start
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -280,3 +281,185 @@ def test_contract(
 
     # Whatever was done, the base has its bytes.
     _same(params, before)
+
+
+#: Half a unit in the last place, relative.
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
+#: Starts from the weight meet rounded weights in bfloat16; float16 is cast at the same places.
+DTYPES = [(case, "bfloat16") for case in CASES]
+DTYPES += [("lora", "float16"), ("dora", "float16")]
+DTYPES += [(variant, "float64") for variant in VARIANTS]
+
+
+@pytest.mark.parametrize(("case", "dtype"), DTYPES)
+def test_base_dtypes(
+    case: str, dtype: str, x64: Any, started: Any, stirred: Any, oracle: Any
+) -> None:
+    """The factors are float32 beside a narrow base, and float64 beside float64."""
+    with x64(dtype == "float64"):
+        setup = Setup(("two layers", "heads and tied table"), x64, dtype)
+        params, xs = setup.params, setup.xs
+        trained = "float64" if dtype == "float64" else "float32"
+        settings = setup.settings(case) | {"dtype": trained}
+        fresh = started(setup.fun, params, xs, **settings)
+        adapted = jl.apply(setup.fun, strict=True)
+
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        def forward(params: Any, adapter: Any, xs: Any) -> Any:
+            return adapted(params, adapter, xs), jl.merge(params, adapter)
+
+        base = setup.base(params, xs)
+        outs, merged = forward(params, fresh, xs)
+        _same(outs, base)
+        _same(merged, params)
+
+        adapter = stirred(fresh, size=0.2)
+        outs, merged = forward(params, adapter, xs)
+        new, _ = oracle(adapter, params)
+        before = leaves_by_path(params)
+        for path, found in leaves_by_path(merged).items():
+            assert found.dtype == before[path].dtype
+            if path in adapter:
+                # The sum is rounded once; the factors add some of their own roundings.
+                size = np.abs(new[path])
+                inner = 8 * (2.0**-24 if trained == "float32" else UNIT["float64"])
+                bound = UNIT[dtype] * size + inner * (size.max() + 1)
+                assert (np.abs(np.asarray(found, np.float64) - new[path]) <= bound).all(), path
+        full = jax.tree.unflatten(
+            jax.tree.structure(params),
+            [new.get(path, np.asarray(x, np.float64)) for path, x in before.items()],
+        )
+        _, want = setup.in_float64(full)
+        for name in setup.names if case != "rows" else ["heads and tied table"]:
+            assert outs[name].dtype == dtype
+            _close(outs[name], want[name], 8 * UNIT[dtype], what=name)
+            change = np.abs(want[name] - np.asarray(base[name], np.float64)).max()
+            assert change > 0.05 * np.abs(want[name]).max()  # negative control
+
+        def loss(adapter: Any) -> Any:
+            return setup.loss(adapted, params, adapter, xs)[0]
+
+        grads = jax.eval_shape(jax.grad(loss), adapter)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), grads) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), adapter
+        )
+
+
+# Ops that hold an array without computing with it.
+_READS = {"parameter", "tuple", "get-tuple-element", "bitcast", "copy", "fusion"}
+
+
+def _ops_of_shape(compiled: Any, shapes: set[tuple[int, ...]]) -> list[str]:
+    """The ops of an XLA program whose result has one of these shapes."""
+    found = []
+    for sizes, op in re.findall(r"= \w+\[([\d,]*)\](?:\{[^}]*\})? ([\w\-]+)\(", compiled.as_text()):
+        if tuple(int(n) for n in sizes.split(",") if n) in shapes and op not in _READS:
+            found.append(op)
+    return found
+
+
+LOW_RANK = [case for case in CASES if not VARIANTS[case.partition(" ")[0]].WHOLE]
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_no_weight_is_formed_and_only_what_is_trained_has_state(
+    case: str, normal: Any, started: Any, stirred: Any
+) -> None:
+    """On the compiled training step, with sizes that nothing else has."""
+    variant, _, init = case.partition(" ")
+    params, x = {"w1": normal(46, 38), "w2": normal(38, 58)}, normal(7, 46)
+
+    def model(p: Any, x: Any) -> Any:
+        return jnp.tanh(x @ p["w1"]) @ p["w2"]
+
+    settings = {"variant": variant} | ({"init": init} if init else {})
+    adapter = stirred(started(model, params, x, **settings))
+    optimizer = jl.optim.lora_optimizer(optax.adam(1e-3))
+
+    def step(fun: Any) -> Any:
+        def train(adapter: Any, state: Any, params: Any, x: Any) -> Any:
+            grads = jax.grad(lambda a: (fun(params, a, x) ** 2).sum())(adapter)
+            with jax.numpy_dtype_promotion("standard"):  # optax leaves it to JAX
+                updates, state = optimizer.update(grads, state, adapter)
+            return optax.apply_updates(adapter, updates), state
+
+        state = optimizer.init(adapter)
+        return state, jax.jit(train).lower(adapter, state, params, x).compile()
+
+    state, compiled = step(jl.apply(model, strict=True))
+    weights = {(46, 38), (38, 46), (38, 58), (58, 38)}
+    assert _ops_of_shape(compiled, weights) == []
+    if case == "lora":  # negative control: the merged model forms both, and their gradients
+        _, merged = step(lambda p, a, x: model(jl.merge(p, a), x))
+        assert len(_ops_of_shape(merged, weights)) >= 4
+    # Two moments of what is trained, and a count.
+    sizes = [x.size for x in jax.tree.leaves(state)]
+    assert sum(sizes) == 2 * adapter.trainable_params + 1
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_one_program_for_many_adapters(case: str, normal: Any, started: Any, stirred: Any) -> None:
+    """Other values and scales are other arguments; another rank is another program."""
+    variant, _, init = case.partition(" ")
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+
+    def model(p: Any, x: Any) -> Any:
+        return x @ p["w"]
+
+    settings = {"variant": variant} | ({"init": init} if init else {})
+    traces = []
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params: Any, adapter: Any, x: Any) -> Any:
+        traces.append(0)
+        return jl.apply(model, strict=True)(params, adapter, x)
+
+    fresh = started(model, params, x, **settings)
+    adapters = [stirred(fresh, seed=seed) for seed in range(2)]
+    adapters.append(jl.Adapter({"w": dataclasses.replace(adapters[1]["w"], scale=jnp.float32(5))}))
+    outs = {np.asarray(run(params, adapter, x)).tobytes() for adapter in adapters}
+    assert (len(traces), len(outs)) == (1, 3)
+    run.trace(params, started(model, params, x, rank=3, **settings), x)
+    assert len(traces) == 2  # negative control
+
+
+@pytest.mark.parametrize("case", [c for c in LOW_RANK if "-" in c or c[:4] in ("lora", "dora")])
+def test_rank_padding_changes_neither_output_nor_gradient(
+    case: str, normal: Any, started: Any, stirred: Any
+) -> None:
+    """Of those that keep their kind when resized; the sums may be in another order."""
+    variant, _, init = case.partition(" ")
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+
+    def model(p: Any, x: Any) -> Any:
+        return x @ p["w"]
+
+    settings = {"variant": variant} | ({"init": init} if init else {})
+    adapter = stirred(started(model, params, x, **settings))
+    plain = jl.resize(adapter, adapter["w"].a.shape[-1] * (2 if init else 1)).adapter
+    larger, errors = jl.resize(adapter, 9)
+    assert type(larger["w"]) is type(adapter["w"])
+    assert float(errors["w"]) == 0
+    adapted = jl.apply(model, strict=True)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(adapter: Any) -> Any:
+        def loss(adapter: Any) -> Any:
+            out = adapted(params, adapter, x)
+            return (out**2).sum(), out
+
+        return jax.grad(loss, has_aux=True)(adapter)
+
+    grads, out = run(plain)
+    padded, same = run(larger)
+    np.testing.assert_allclose(same, out, rtol=0, atol=1e-6 * np.abs(out).max())
+    rank = plain["w"].rank
+    for name in plain["w"].TRAINED:
+        want, got = np.asarray(getattr(grads["w"], name)), getattr(padded["w"], name)
+        got = np.asarray(got)
+        kept = {"a": np.s_[..., :rank], "b": np.s_[:rank]}.get(name, np.s_[:])
+        np.testing.assert_allclose(got[kept], want, rtol=0, atol=1e-6 * np.abs(want).max())
+        assert np.abs(want).max() > 0.1
+        if name in "ab":
+            rest = {"a": np.s_[..., rank:], "b": np.s_[rank:]}[name]
+            assert not got[rest].any()
