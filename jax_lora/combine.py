@@ -54,7 +54,8 @@ def combine(
     Every method is defined on the updates ``dW_i = s_i a_i b_i`` of a weight, so that it does not
     matter which of the many factorisations or which variant an adapter happens to hold, and a
     weight acts on its adapter like `scale`. The result is LoRA, of full rank where it is that of
-    DoRA, and values trained whole stay such values. An adapter without an entry for a path counts
+    DoRA, and values trained whole stay such
+    values; rows of them become LoRA. An adapter without an entry for a path counts
     as zero there. Ranks may differ. With ``w_i`` the weights:
 
     - ``"cat"``: ``sum_i w_i dW_i``, exactly: ``a = [a_1 ...]``, ``b = [w_1 s_1 b_1; ...]``. Ranks

@@ -100,6 +100,7 @@ def extract(
             f"got {energy!r}"
         )
     before, after = leaves_by_path(base), leaves_by_path(tuned)
+    layouts = getattr(layouts, "targets", layouts)
     known = {path: _layout_of(x) for path, x in layouts.items()}
     _check_trees(before, after, known, ignore)
     entries: dict[str, Entry] = {}
@@ -136,8 +137,9 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
         rank: The new rank, at least 1. May exceed min(in, out).
 
     Returns:
-        The adapter, with the same ``scale`` and dtypes, and the relative error for each path: 0
-        where the rank did not shrink. Where it did, the columns of ``a`` are orthonormal.
+        The adapter, with the same ``scale`` and dtypes, and the relative error for each path, with
+        DoRA that of ``a b`` and not of its columns: 0 where the rank did not shrink. Where it did,
+        the columns of ``a`` are orthonormal.
 
     Raises:
         ConfigError: A rank below 1.

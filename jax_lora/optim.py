@@ -94,6 +94,11 @@ def lora_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTra
     References:
         Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ConfigError(
+            "expected an optax transformation such as optax.adam(1e-3), got "
+            f"{type(optimizer).__name__}"
+        )
     return optax.multi_transform({TRAINED: optimizer, FROZEN: optax.set_to_zero()}, labels)
 
 
@@ -152,6 +157,11 @@ def lora_plus(
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not 0 < ratio < math.inf:
         raise ConfigError(f"expected the ratio of learning rates to be positive, got {ratio!r}")
+    if not callable(make):
+        raise ConfigError(
+            "expected what makes an optax transformation of a learning rate, such as optax.adam, "
+            f"got {type(make).__name__}"
+        )
     faster: Any
     if callable(learning_rate):
 

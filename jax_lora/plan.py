@@ -152,6 +152,8 @@ def _note(target: Target) -> str:
         return f"auto: {'; '.join(target.decided)}"
     if target.mode == "materialize":
         return "formed, as asked for"
+    if target.dropout and all(use.primitive == "gather" for use in target.uses):
+        return "no dropout: its rows are looked up"
     if target.entry.MAX_RANK and target.rank > target.largest_rank:
         return f"rank exceeds min(in, out) = {target.largest_rank}"
     return ""

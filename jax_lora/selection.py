@@ -250,7 +250,7 @@ class _Tally:
             )
         if VARIANTS[self.variant].WHOLE:
             # A configuration's are for its other targets.
-            unused = ("rank", "alpha", "scaling", "dropout")
+            unused = ("rank", "alpha", "scaling", "dropout", "mode")
             problems += [
                 f"{self.label}: expected no {name} for what is trained whole, as there is no "
                 f"update beside it; got {name}={value!r}"

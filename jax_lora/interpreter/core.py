@@ -215,7 +215,7 @@ class Interpreter:
         raise MaterializeError(
             f"{weight.path}: the adapted weight reaches `{primitive}`, where W + scale*a*b is "
             "formed; expected a factored product, whose input dropout can act on. Give this "
-            "parameter dropout 0, or exclude it from the adapter"
+            "parameter dropout 0 or the mode 'factored', or exclude it from the adapter"
         )
 
     def jit(self, closed_jaxpr: Any, name: str, treedef: Any, build: Callable[[], Any]) -> Any:

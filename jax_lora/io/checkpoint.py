@@ -92,6 +92,8 @@ def save_adapter(
         CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
     """
     expect_type("an adapter", adapter, Adapter)
+    if config is not None:
+        expect_type("a configuration, such as plan.config", config, LoraConfig)
     odd = [path for path, entry in adapter.items() if not isinstance(entry, Variant)]
     if odd:
         raise CheckpointError(
