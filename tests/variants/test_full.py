@@ -48,7 +48,7 @@ def test_biases_norms_and_heads_beside_lora(net: Any, normal: Any, started: Any)
     }
     assert adapter.trainable_params == 3 + 15 + 5 + (6 * 2 + 2 * 5) + 5
     adapted = jl.apply(_net, strict=True)
-    np.testing.assert_array_equal(adapted(net, adapter, x), _net(net, x))
+    np.testing.assert_array_equal(jax.jit(adapted)(net, adapter, x), jax.jit(_net)(net, x))
 
     def loss(adapter: Any) -> Any:
         return (adapted(net, adapter, x) ** 2).sum()
