@@ -174,7 +174,9 @@ class TestRefusals:
         used = params | {"steps": jnp.int32(3)}
         config = jl.LoraConfig(rank=2, targets=(jl.Rule("steps", variant="full"), "w"))
         with pytest.raises(jl.TargetError, match=r"steps: .*its dtype is int32"):
-            jl.plan(lambda p, ids: _model(p, ids) * p["steps"], used, jnp.arange(3), config=config)
+            jl.plan(
+                lambda p, ids: (_model(p, ids), p["steps"] + 1), used, jnp.arange(3), config=config
+            )
 
     @pytest.mark.parametrize("dropout", [-0.1, 1.0, True, "0.1", float("nan")])
     def test_dropout_that_is_no_probability(self, dropout: Any) -> None:
