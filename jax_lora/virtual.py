@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_lora.adapter import RANK, Layout
 
@@ -17,6 +18,27 @@ def wider(one: Any, other: Any) -> Any:
     """The dtype that holds both, also where the user has made mixing dtypes an error."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, other)
+
+
+def sharded_like(
+    array: jax.Array, labels: Sequence[int], wanted: Sequence[int]
+) -> NamedSharding | None:
+    """The sharding of what has some of an array's axes, each split as there.
+
+    Args:
+        array: The array.
+        labels: One label for each of its axes.
+        wanted: The labels of the axes of the result; others than the array's are whole.
+
+    Returns:
+        The sharding, or None where shardings are not part of the types.
+    """
+    sharding = jax.typeof(array).sharding
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = (*sharding.spec, *[None] * (array.ndim - len(sharding.spec)))
+    split = dict(zip(labels, spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*[split.get(label) for label in wanted]))
 
 
 @jax.tree_util.register_dataclass

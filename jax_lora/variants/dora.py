@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from string import ascii_letters
 from typing import Any
 
@@ -22,7 +21,14 @@ from jax_lora.adapter import (
 )
 from jax_lora.lowrank import dense_factors
 from jax_lora.variants.lora import LoraFactors
-from jax_lora.virtual import wider
+from jax_lora.virtual import sharded_like, wider
+
+#: A second rank axis, beside that of the same factor.
+_OTHER_RANK = RANK - 1
+#: The letter of each label in an einsum.
+_LETTERS = {RANK: "Z", _OTHER_RANK: "Y"} | dict(
+    enumerate(ascii_letters.replace("Z", "").replace("Y", ""))
+)
 
 
 @jax.tree_util.register_dataclass
@@ -106,28 +112,36 @@ class DoraFactors(LoraFactors):
     def _norm(self, w: jax.Array) -> jax.Array:
         """``|W + scale * a b|``; for ``a b = 0`` the norms it was made with, bit for bit."""
         layout = self.layout
-        letter = dict(enumerate(ascii_letters[: len(self.shape)])) | {RANK: "Z"}
-
-        def spell(axes: Iterable[int]) -> str:
-            return "".join(letter[i] for i in axes)
-
-        w_is, a_is, b_is = spell(range(len(self.shape))), spell(layout.a_axes), spell(layout.b_axes)
-        stack, column = spell(layout.stack_axes), spell(layout.column_axes)
+        axes = tuple(range(len(self.shape)))
+        column = layout.column_axes
         dtype = self.base_norm.dtype
         w, a, b, scale = (
             jax.lax.stop_gradient(x.astype(wider(x.dtype, dtype)))
             for x in (w, self.a, self.b, self.scale)
         )
-        einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        along = einsum(f"{w_is},{a_is}->{b_is}", w, a)
-        mixed = einsum(f"{b_is},{b_is}->{column}", along, b)
-        other = a_is.replace("Z", "Y")
-        gram = einsum(f"{a_is},{other}->{stack}ZY", a, a)
-        turned = einsum(f"{stack}ZY,{b_is}->{b_is.replace('Z', 'Y')}", gram, b)
-        own = einsum(f"{b_is},{b_is}->{column}", turned, b)
+
+        def product(left: jax.Array, right: jax.Array, *labels: Sequence[int]) -> jax.Array:
+            """Of the labels of both operands and of the result; split as W where that is split."""
+            return jnp.einsum(
+                "{},{}->{}".format(*("".join(_LETTERS[i] for i in part) for part in labels)),
+                left,
+                right,
+                precision=jax.lax.Precision.HIGHEST,
+                out_sharding=sharded_like(w, axes, labels[-1]),
+            )
+
+        other = [_OTHER_RANK if i == RANK else i for i in layout.a_axes]
+        square = (*layout.stack_axes, RANK, _OTHER_RANK)
+        turned = [_OTHER_RANK if i == RANK else i for i in layout.b_axes]
+        along = product(w, a, axes, layout.a_axes, layout.b_axes)
+        mixed = product(along, b, layout.b_axes, layout.b_axes, column)
+        gram = product(a, a, layout.a_axes, other, square)
+        own = product(gram, b, square, layout.b_axes, turned)
+        own = product(own, b, turned, turned, column)
         change = 2 * scale * mixed + scale**2 * own
-        square = self.base_norm**2 + change
-        return jnp.where(change == 0, self.base_norm, jnp.sqrt(jnp.maximum(square, 0)))
+        # The sum with zeros is split as they are, where shardings are part of the types.
+        base = self.base_norm + jnp.zeros_like(change)
+        return jnp.where(change == 0, base, jnp.sqrt(jnp.maximum(base**2 + change, 0)))
 
 
 def cache_norms(params: Any, adapter: Adapter) -> Adapter:
