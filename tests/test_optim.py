@@ -310,9 +310,11 @@ class TestLoraPlus:
         slower, faster = self.GROUPS[variant]
         params = {"w": jnp.ones((6, 4))}
         rule = jl.Rule("w", rows=(1, 2)) if variant == "rows" else jl.Rule("w", variant=variant)
-        plan = jl.plan(
-            lambda p, x: x @ p["w"], params, jnp.ones((2, 6)), config=jl.LoraConfig(2, targets=rule)
-        )
+
+        def model(p: Any, ids: Any) -> Any:
+            return p["w"][ids] @ p["w"].T
+
+        plan = jl.plan(model, params, jnp.arange(3), config=jl.LoraConfig(2, targets=rule))
         adapter = jl.init(jax.random.key(0), params, plan)
         found = lora_plus_labels({"base": params, "lora": adapter})
         assert found["base"]["w"] == FROZEN

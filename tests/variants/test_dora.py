@@ -210,7 +210,9 @@ def test_wherever_the_weight_goes_the_gain_goes_too(
     fresh = started(fun, params, x, variant="dora", targets="w", rank=1)
     adapter = stirred(fresh)
     adapted = jax.jit(jl.apply(fun, strict=True))
-    jax.tree.map(np.testing.assert_array_equal, adapted(params, fresh, x), jax.jit(fun)(params, x))
+    with jax.disable_jit():  # XLA may sum a product whose result is transposed in another order
+        outs = jl.apply(fun, strict=True)(params, fresh, x)
+        jax.tree.map(np.testing.assert_array_equal, outs, fun(params, x))
     new = oracle(adapter, params)[0]["w"]
     with x64(True):
         y = jnp.asarray(wide(x))

@@ -175,7 +175,10 @@ class TestRefusals:
         config = jl.LoraConfig(rank=2, targets=(jl.Rule("steps", variant="full"), "w"))
         with pytest.raises(jl.TargetError, match=r"steps: .*its dtype is int32"):
             jl.plan(
-                lambda p, ids: (_model(p, ids), p["steps"] + 1), used, jnp.arange(3), config=config
+                lambda p, ids: (_model(p, ids), p["steps"] * ids),
+                used,
+                jnp.arange(3),
+                config=config,
             )
 
     @pytest.mark.parametrize("dropout", [-0.1, 1.0, True, "0.1", float("nan")])
