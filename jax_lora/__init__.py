@@ -12,6 +12,8 @@ from jax_lora.algebra import negate as negate
 from jax_lora.algebra import scale as scale
 from jax_lora.algebra import select as select
 from jax_lora.algebra import unmerge as unmerge
+from jax_lora.apply_bank import apply_bank as apply_bank
+from jax_lora.bank import Bank as Bank
 from jax_lora.combine import combine as combine
 from jax_lora.config import LoraConfig as LoraConfig
 from jax_lora.discover import discover as discover

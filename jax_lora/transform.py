@@ -73,7 +73,7 @@ def apply(
 
     # Otherwise jax.jit would count and name the arguments by fun's signature, without the adapter.
     del adapted.__wrapped__
-    signature = _signature_with_adapter(fun)
+    signature = signature_with(fun, "adapter")
     if signature is not None:
         adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
@@ -98,14 +98,14 @@ def _modes(mode: Any, adapter: Adapter) -> Mapping[str, str]:
     return mode
 
 
-def _signature_with_adapter(fun: Callable[..., Any]) -> inspect.Signature | None:
-    """The signature of ``fun`` with the adapter second; None if there is no telling."""
+def signature_with(fun: Callable[..., Any], *names: str) -> inspect.Signature | None:
+    """The signature of ``fun`` with more arguments after the first; None if there is no telling."""
     try:
         signature = inspect.signature(fun)
-        parameters = list(signature.parameters.values())
-        parameters.insert(1, inspect.Parameter("adapter", parameters[0].kind))
-        return signature.replace(parameters=parameters)
-    except (IndexError, TypeError, ValueError):  # no parameters, a builtin, (*args), a clash
+        first, *others = signature.parameters.values()
+        more = [inspect.Parameter(name, first.kind) for name in names]
+        return signature.replace(parameters=[first, *more, *others])
+    except (TypeError, ValueError):  # no parameters, a builtin, (*args), a clash
         return None
 
 
@@ -121,6 +121,8 @@ def interpret(
     check_fits(params, adapter)
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
     traced = Traced(fun, leaves, treedef)
+    if interpreter.tokens is not None:
+        interpreter.tokens.follow(traced.jaxpr, traced.array_leaves)
     # The parameters are the first leaves, in the order of their paths.
     for index, path in enumerate(leaves_by_path(params)):
         if path in adapter:
@@ -139,7 +141,7 @@ class Traced:
     """
 
     def __init__(self, fun: Callable[..., Any], leaves: list[Any], treedef: Any):
-        self.array_leaves = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+        self.array_leaves = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
         def flat(*arrays: Any) -> list[Any]:
             filled = list(leaves)
@@ -147,8 +149,8 @@ class Traced:
                 filled[i] = array
             args, kwargs = jax.tree.unflatten(treedef, filled)
             outs, self._out_treedef = jax.tree.flatten(fun(*args, **kwargs))
-            self._static_outs = [None if _is_array(out) else (out,) for out in outs]
-            return [out for out in outs if _is_array(out)]
+            self._static_outs = [None if is_array(out) else (out,) for out in outs]
+            return [out for out in outs if is_array(out)]
 
         closed = jax.make_jaxpr(flat)(*[leaves[i] for i in self.array_leaves])
         self.jaxpr, self.consts = closed.jaxpr, closed.consts
@@ -160,5 +162,6 @@ class Traced:
         return jax.tree.unflatten(self._out_treedef, outs)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced: an array, or the shape of one."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))

@@ -52,9 +52,9 @@ class LoraWeight:
 
     Attributes:
         w: The frozen weight, of the virtual weight's shape and dtype.
-        a: The input factor.
-        b: The output factor.
-        scale: A scalar array.
+        a: The input factor, or one out of many.
+        b: The output factor, or one out of many.
+        scale: A scalar array; one number for each token where each selects factors of its own.
         a_axes: Labels of ``a``'s axes (static).
         b_axes: Labels of ``b``'s axes (static).
         path: The parameter's path, for reports and errors (static).
@@ -65,8 +65,8 @@ class LoraWeight:
     """
 
     w: jax.Array
-    a: jax.Array
-    b: jax.Array
+    a: Any
+    b: Any
     scale: jax.Array
     a_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     b_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -90,13 +90,13 @@ class LoraWeight:
         """The dtype of the weight."""
         return self.w.dtype
 
-    def factors(self) -> tuple[tuple[jax.Array, tuple[int, ...]], ...]:
+    def factors(self) -> tuple[tuple[Any, tuple[int, ...]], ...]:
         """Both factors with their labels."""
         return ((self.a, self.a_axes), (self.b, self.b_axes))
 
-    def parts(self) -> dict[str, tuple[jax.Array, tuple[int, ...]]]:
+    def parts(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """All labelled arrays: the factors, and gain and dropout keys where there are any."""
-        parts = {"a": (self.a, self.a_axes), "b": (self.b, self.b_axes)}
+        parts: dict[str, tuple[Any, tuple[int, ...]]] = {"a": (self.a, self.a_axes), "b": (self.b, self.b_axes)}
         if self.gain is not None:
             parts["gain"] = (self.gain, self.gain_axes)
         if self.drop is not None:
@@ -116,8 +116,20 @@ class LoraWeight:
                 new |= {name: array, f"{name}_axes": tuple(axes)}
         return dataclasses.replace(self, **new)
 
+    @property
+    def selects(self) -> bool:
+        """Whether the factors are selected out of many."""
+        return isinstance(self.a, Selected) or isinstance(self.b, Selected)
+
+    def picked(self) -> LoraWeight:
+        """The weight with its factors as arrays, also where they are selected out of many."""
+        if not self.selects:
+            return self
+        a, b = (f.array() if isinstance(f, Selected) else f for f in (self.a, self.b))
+        return dataclasses.replace(self, a=a, b=b)
+
     def map_parts(
-        self, w: jax.Array, fun: Callable[[jax.Array, tuple[int, ...]], tuple[jax.Array, Any]]
+        self, w: jax.Array, fun: Callable[[Any, tuple[int, ...]], tuple[Any, Any]]
     ) -> LoraWeight:
         """The weight with ``w`` replaced and ``fun(array, labels)`` for each labelled array."""
         return self.with_parts(w, {name: fun(*part) for name, part in self.parts().items()})
@@ -137,13 +149,57 @@ class LoraWeight:
 
     def materialize(self) -> jax.Array:
         """``W * gain + scale * a b`` as an array of ``W``'s dtype, summed in the wider dtype."""
+        return self.plus(self.delta())
+
+    def plus(self, update: jax.Array) -> jax.Array:
+        """``W * gain`` and an update, as an array of ``W``'s dtype, summed in the wider dtype."""
         wide = wider(self.w.dtype, self.a.dtype)
         if self.gain is not None:
             wide = wider(wide, self.gain.dtype)
         w = self.w.astype(wide)
         if self.gain is not None:
             w = aligned(self.gain.astype(wide), self.gain_axes, range(self.ndim)) * w
-        return (w + self.delta().astype(wide)).astype(self.w.dtype)
+        return (w + update.astype(wide)).astype(self.w.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """One factor out of many, by a slot that is known when the program runs.
+
+    Attributes:
+        bank: ``[slots, *stack, ...]``, the factors of all slots, which nothing moves or copies.
+        slot: The slot, an int32; the number of slots stands for a factor of zeros. ``[tokens]``
+            where each token selects one of its own.
+        steps: Indices into the first axes of the stack, by the loops over them.
+    """
+
+    bank: jax.Array
+    slot: jax.Array
+    steps: tuple[jax.Array, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one factor."""
+        return tuple(self.bank.shape[1 + len(self.steps) :])
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the factors."""
+        return self.bank.dtype
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token selects a factor of its own."""
+        return self.slot.ndim > 0
+
+    def at_step(self, index: jax.Array) -> Selected:
+        """The factor of one layer, where the first of its axes is a stack of them."""
+        return dataclasses.replace(self, steps=(*self.steps, index))
+
+    def array(self) -> jax.Array:
+        """The factor itself; with one for each token, their axis comes first."""
+        return self.bank.at[(self.slot, *self.steps)].get(mode="fill", fill_value=0)
 
 
 @jax.tree_util.register_dataclass

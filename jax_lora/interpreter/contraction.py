@@ -22,7 +22,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
 from jax_lora.interpreter.cost import Product
-from jax_lora.virtual import LoraWeight, aligned, wider
+from jax_lora.interpreter.mixed import mixed_einsum
+from jax_lora.virtual import LoraWeight, Selected, aligned, wider
 
 _RANK_LETTER = "Z"
 #: Leaves no trace of an inner `jax.jit` in the jaxpr around it; older versions know one way only.
@@ -42,6 +43,7 @@ def low_rank_einsum(
     weight_letters: Sequence[str],
     out_letters: Sequence[str],
     *,
+    token: str = "",
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: NamedSharding | None = None,
@@ -59,6 +61,7 @@ def low_rank_einsum(
         weight_letters: One letter per axis of the weight.
         out_letters: The letters of the result. A letter that only ``w`` has, because the factors
             were broadcast along it, yields an axis of size 1.
+        token: Where each token selects factors of its own, the letter of their axis.
         precision: As in the contraction that is replaced.
         preferred_element_type: As in the contraction that is replaced.
         out_sharding: The result's sharding, where shardings are part of the types.
@@ -98,13 +101,22 @@ def low_rank_einsum(
     dtype = wider(x.dtype, weight.dtype)
 
     def to_rank(x: jax.Array, factor: jax.Array) -> jax.Array:
-        spec = _spec(x_letters, near, kept)
-        return _einsum(spec, x, factor, dtype=dtype, out_sharding=hidden_sharding, **options)
+        return product(x_letters, near, kept, x, factor, hidden_sharding)
 
     def from_rank(hidden: jax.Array) -> jax.Array:
-        spec = _spec(kept, far, reached_out)
-        hidden = _scaled(hidden, weight.scale, dtype=dtype)
-        return _einsum(spec, hidden, far_factor, dtype=dtype, out_sharding=out_sharding, **options)
+        scale = weight.scale
+        if scale.ndim:  # one for each token
+            scale = jnp.expand_dims(scale, [k for k, n in enumerate(kept) if n != token])
+        hidden = _scaled(hidden, scale, dtype=dtype)
+        return product(kept, far, reached_out, hidden, far_factor, out_sharding)
+
+    def product(
+        left: list[str], right: list[str], out: list[str], x: jax.Array, factor: Any, sharding: Any
+    ) -> jax.Array:
+        if isinstance(factor, Selected):
+            return mixed_einsum(x, left, factor, right, out, token, dtype=dtype, **options)
+        spec = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+        return _einsum(spec, x, factor, dtype=dtype, out_sharding=sharding, **options)
 
     out = interpreter.updated(to_rank, x, near_factor, from_rank)
     return jnp.expand_dims(out, [k for k, n in enumerate(out_letters) if n not in reached_out])
@@ -124,10 +136,6 @@ def _einsum(spec: str, x: jax.Array, factor: jax.Array, *, dtype: Any, **options
 @functools.partial(jax.jit, static_argnames="dtype", inline=_INLINE)
 def _scaled(hidden: jax.Array, scale: jax.Array, *, dtype: Any) -> jax.Array:
     return (hidden * scale.astype(hidden.dtype)).astype(dtype)
-
-
-def _spec(left: Sequence[str], right: Sequence[str], out: Sequence[str]) -> str:
-    return f"{''.join(left)},{''.join(right)}->{''.join(out)}"
 
 
 def _explicit_sharding(array: jax.Array) -> NamedSharding | None:
@@ -203,7 +211,7 @@ def _split_like(out: jax.Array, fun: Callable[..., jax.Array], *args: jax.Array)
     return _auto_axes(fun, out_sharding=sharding)(*args)
 
 
-@rule("dot_general")
+@rule("dot_general", takes_selected=True)
 def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if all(isinstance(v, LoraWeight) for v in values):
         # A product of two adapted weights: the smaller one is formed, the larger stays factored.
@@ -242,6 +250,10 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     if formed is not None:
         return formed
 
+    token = ""
+    if weight.selects and weight.scale.ndim:
+        weight, axis = interpreter.tokens.place(weight, eqn, 1 - side)
+        token = "" if axis is None else letters[1 - side][axis]
     gain = [letters[side][i] for i in weight.gain_axes if i != RANK]
     gain_first = not set(gain) <= set(out_letters)
     plain = list(values)
@@ -259,6 +271,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         weight,
         letters[side],
         out_letters,
+        token=token,
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
         out_sharding=sharding,

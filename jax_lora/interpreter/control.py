@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, open_jaxpr, rule
-from jax_lora.virtual import LoraWeight
+from jax_lora.virtual import LoraWeight, Selected
 
 
-@rule("jit", "pjit")
+@rule("jit", "pjit", takes_selected=True)
 def _jit(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     closed = eqn.params["jaxpr"]
     jaxpr, consts = open_jaxpr(closed)
@@ -56,13 +56,13 @@ def _constrain(values: list[Any], shardings: tuple[Any, ...]) -> list[Any]:
     return [constrain(v, s) for v, s in zip(values, shardings, strict=True)]
 
 
-@rule("closed_call", "core_call", "core_closed_call", "call")
+@rule("closed_call", "core_call", "core_closed_call", "call", takes_selected=True)
 def _call(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     jaxpr, consts = open_jaxpr(eqn.params["call_jaxpr"])
     return interpreter.run(jaxpr, consts, values)
 
 
-@rule("remat", "remat2", "checkpoint")
+@rule("remat", "remat2", "checkpoint", takes_selected=True)
 def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
 
@@ -80,23 +80,28 @@ def _split_scanned(weight: LoraWeight) -> tuple[Any, Any]:
     """
     scanned: dict[str, Any] = {"w": weight.w}
     constant: dict[str, Any] = {}
+    stacks: dict[str, Selected] = {}
     labels: dict[str, tuple[int, ...]] = {}
     for name, (part, axes) in weight.parts().items():
-        if 0 in axes:
-            scanned[name] = jnp.moveaxis(part, axes.index(0), 0)
-        else:
+        if 0 not in axes:
             constant[name] = part
+        elif isinstance(part, Selected):
+            # The layers of all slots stay where they are: a step looks its own up.
+            stacks[name], scanned["step"] = part, jnp.arange(weight.shape[0])
+        else:
+            scanned[name] = jnp.moveaxis(part, axes.index(0), 0)
         labels[name] = tuple(i if i == RANK else i - 1 for i in axes if i != 0)
 
     def rebuild(step: dict[str, Any]) -> LoraWeight:
         arrays: dict[str, Any] = {**step, **constant}
+        arrays |= {name: stack.at_step(step["step"]) for name, stack in stacks.items()}
         parts = {name: (arrays[name], axes) for name, axes in labels.items()}
         return weight.with_parts(arrays["w"], parts)
 
     return scanned, rebuild
 
 
-@rule("scan")
+@rule("scan", takes_selected=True)
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     params = eqn.params
     jaxpr, jaxpr_consts = open_jaxpr(params["jaxpr"])
@@ -112,6 +117,7 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     loop = _Carry(
         interpreter, carry, jaxpr.invars[num_consts:], jaxpr.outvars[:num_carry], "scan carry"
     )
+    xs = [x if _in_front(x) else interpreter.picked(x, "scan") for x in xs]
     split = [_split_scanned(x) if isinstance(x, LoraWeight) else (x, None) for x in xs]
     stacked: list[Any] = []
 
@@ -119,7 +125,7 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         xs_now = [s if back is None else back(s) for s, (_, back) in zip(step, split, strict=True)]
         args = [*consts, *loop.full(state), *xs_now]
         outs = interpreter.run(jaxpr, jaxpr_consts, args)
-        ys = outs[num_carry:]
+        ys = [interpreter.picked(y, "scan output") for y in outs[num_carry:]]
         stacked[:] = [_stacked(y) for y in ys]
         return loop.next(outs[:num_carry]), [_pack_output(y) for y in ys]
 
@@ -135,6 +141,14 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     )
     outputs = [y if back is None else back(y) for y, back in zip(ys, stacked, strict=True)]
     return [*loop.full(state), *outputs]
+
+
+def _in_front(x: Any) -> bool:
+    """Whether the scanned axis is the first of those factors that are selected and have it."""
+    if not isinstance(x, LoraWeight):
+        return True
+    selected = [axes for part, axes in x.parts().values() if isinstance(part, Selected)]
+    return all(axes.index(0) == 0 for axes in selected if 0 in axes)
 
 
 def _pack_output(y: Any) -> Any:
@@ -193,7 +207,7 @@ def _outer_axis(outer: Any, inner: Any) -> bool:
     return len(outer.aval.shape) == len(inner.aval.shape) + 1
 
 
-@rule("while")
+@rule("while", takes_selected=True)
 def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     params = eqn.params
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]

@@ -50,14 +50,26 @@ Rule = Callable[["Interpreter", Any, list[Any]], Sequence[Any]]
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the decorated function as the rule of the primitives with these names."""
+#: The primitives whose rules take factors that are selected out of a bank as they are. For all
+#: others the factors are picked first, so that nothing is done to those of every slot.
+TAKE_SELECTED: set[str] = set()
+
+
+def rule(*names: str, takes_selected: bool = False) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of the primitives with these names.
+
+    Args:
+        *names: The primitives' names.
+        takes_selected: Whether it leaves the factors alone, or knows those out of a bank.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:
             if name in RULES:
                 raise ValueError(f"primitive {name!r} already has a rule")
             RULES[name] = function
+            if takes_selected:
+                TAKE_SELECTED.add(name)
         return function
 
     return register
@@ -117,12 +129,20 @@ class Interpreter:
         strict: Refuse to materialise a weight that could not stay factored.
         modes: By path, whether a product keeps the weight factored, forms it, or decides; what is
             not named keeps it factored.
+        tokens: Where each token selects factors of its own, the `TokenAxes` of the function.
         events: What became of each weight at each primitive that consumed it, in trace order.
     """
 
-    def __init__(self, *, strict: bool = False, modes: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        *,
+        strict: bool = False,
+        modes: Mapping[str, str] | None = None,
+        tokens: Any = None,
+    ):
         self.strict = strict
         self.modes = modes or {}
+        self.tokens = tokens
         self.events: list[Event] = []
         self._uses: collections.Counter[str] = collections.Counter()
         self._verdict = ""
@@ -208,8 +228,25 @@ class Interpreter:
                 "expected a primitive with a factored rule. Exclude this parameter from the "
                 "adapter, or drop strict=True to form W + scale*a*b at this place"
             )
+        value = self.picked(value, primitive)
         self.events.append(Event(value.path, primitive, factored=False))
         return value.materialize()
+
+    def picked(self, value: Any, primitive: str) -> Any:
+        """A value whose factors are not selected out of a bank any more, but this example's own.
+
+        Raises:
+            MaterializeError: Each token selects factors of its own.
+        """
+        if not isinstance(value, LoraWeight) or not value.selects:
+            return value
+        if value.scale.ndim:
+            raise MaterializeError(
+                f"{value.path}: the adapted weight reaches `{primitive}` with an id for each token; "
+                "expected a matrix product or a lookup of rows, in which every row is one token's. "
+                "Give one id for each example, or exclude this parameter from the bank"
+            )
+        return value.picked()
 
     def _refuse_dropout(self, weight: LoraWeight, primitive: str) -> None:
         raise MaterializeError(
@@ -231,7 +268,10 @@ class Interpreter:
 
     def apply_rule(self, eqn: Any, values: list[Any]) -> list[Any]:
         """The outputs of an equation of whose inputs at least one is virtual."""
-        found = RULES.get(eqn.primitive.name)
+        name = eqn.primitive.name
+        found = RULES.get(name)
+        if name not in TAKE_SELECTED:
+            values = [self.picked(value, name) for value in values]
         if found is not None:
             try:
                 # The mesh, and what else was in force where the equation was traced.
@@ -242,7 +282,7 @@ class Interpreter:
         plain: dict[int, Any] = {}
         for value in values:
             if id(value) not in plain:
-                plain[id(value)] = self.materialize(value, eqn.primitive.name)
+                plain[id(value)] = self.materialize(value, name)
         return evaluate_one(eqn, [plain[id(value)] for value in values])
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

@@ -58,7 +58,18 @@ class Product:
         return 2 * self._op(small, 2 * w) + self._op(large, x + y + w) + 2 * self._op(small, w)
 
     def _op(self, flops: float, elements: float) -> float:
-        return max(flops, _FLOPS_PER_BYTE * self.itemsize * elements)
+        return op(flops, elements, self.itemsize)
+
+
+def op(flops: float, elements: float, itemsize: int) -> float:
+    """What one operation takes, in FLOPs: the longer of its arithmetic and its memory traffic.
+
+    Args:
+        flops: Its arithmetic, of matrix products.
+        elements: The elements that it reads and writes.
+        itemsize: The bytes of one element.
+    """
+    return max(flops, _FLOPS_PER_BYTE * itemsize * elements)
 
 
 def verdict(product: Product) -> tuple[bool, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from string import ascii_letters
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ from jax import lax
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
+from jax_lora.interpreter.mixed import mixed_einsum
 from jax_lora.interpreter.structural import only_first
+from jax_lora.virtual import LoraWeight
 
 
 def is_strided_slice(eqn: Any) -> bool:
@@ -34,10 +38,15 @@ def picked_axes(eqn: Any) -> tuple[set[int], tuple[int, ...]]:
     }, paired
 
 
-@rule("gather")
+@rule("gather", takes_selected=True)
 def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     # Each factor looks up the axes that it has, at the same places as W.
     weight = only_first(values)
+    if weight.selects:
+        rows = _selected_rows(interpreter, eqn, weight, values[1])
+        if rows is not None:
+            return [rows]
+        weight = interpreter.picked(weight, "gather")
     indices, params = values[1], eqn.params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     picked, paired = picked_axes(eqn)
@@ -102,3 +111,70 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     interpreter.factored(weight, eqn)
     # No dropout: rows are chosen, there is no input to drop.
     return [looked_up.materialize()]
+
+
+def _selected_rows(
+    interpreter: Interpreter, eqn: Any, weight: LoraWeight, indices: jax.Array
+) -> jax.Array | None:
+    """Rows ``W[i] + scale * a[i] b`` with factors out of a bank; None if it is no lookup of rows.
+
+    The rows of ``a`` are looked up in the bank itself: an example's own table would be a long copy.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    picked, paired = picked_axes(eqn)
+
+    def halves(weight: LoraWeight) -> Any:
+        return sorted(weight.factors(), key=lambda factor: not picked & set(factor[1]))
+
+    (_, labels), (_, far_labels) = halves(weight)
+    others = {*far_labels, *weight.gain_axes}
+    rows = labels[0] == RANK and set(labels[1:]) == picked == set(numbers.collapsed_slice_dims)
+    if paired or not rows or picked & others:
+        return None
+
+    (w,) = evaluate_one(eqn, [weight.w, indices])
+    batch_axes = [i for i in range(w.ndim) if i not in numbers.offset_dims]
+    token_axis = None
+    if weight.scale.ndim:
+        weight, token_axis = interpreter.tokens.place(weight, eqn, 1)
+    (near, _), (far, _) = halves(weight)
+
+    def spread(per_token: jax.Array) -> jax.Array:
+        """What there is one of, or one of for each token, with the axes of the lookups."""
+        return jnp.expand_dims(per_token, [k for k in range(len(batch_axes)) if k != token_axis])
+
+    slot, shape = spread(near.slot), indices.shape[:-1]
+    columns = [indices[..., numbers.start_index_map.index(i)] for i in labels[1:]]
+    at = [jnp.broadcast_to(i, shape).astype(jnp.int32) for i in (slot, *near.steps, *columns)]
+    first = 1 + len(near.steps)
+    hidden = lax.gather(
+        near.bank,
+        jnp.stack(at, axis=-1),
+        lax.GatherDimensionNumbers(
+            offset_dims=(len(shape),),
+            collapsed_slice_dims=tuple(i for i in range(near.bank.ndim) if i != first),
+            start_index_map=tuple(i for i in range(near.bank.ndim) if i != first),
+        ),
+        slice_sizes=(*[1] * first, near.shape[0], *[1] * len(columns)),
+        mode=eqn.params["mode"],
+        # Out of bounds the base has its fill value, NaN by default, and the update adds 0.
+        fill_value=0,
+    )
+    exists = (slot < near.bank.shape[0])[..., None]
+    hidden = jnp.where(exists, hidden, jnp.zeros_like(hidden))
+    hidden = hidden * spread(weight.scale).astype(hidden.dtype)[..., None]
+    kept = [i for i in range(weight.ndim) if i not in picked]
+    place = dict(zip(kept, numbers.offset_dims, strict=True)) | {RANK: w.ndim}
+    update = mixed_einsum(
+        hidden,
+        [ascii_letters[i] for i in (*batch_axes, w.ndim)],
+        far,
+        [ascii_letters[place[i]] for i in far_labels],
+        ascii_letters[: w.ndim],
+        "" if token_axis is None else ascii_letters[batch_axes[token_axis]],
+        dtype=hidden.dtype,
+        precision=lax.Precision.HIGHEST,
+    )
+    interpreter.factored(weight, eqn)
+    gain_axes = tuple(RANK if i == RANK else place[i] for i in weight.gain_axes)
+    return dataclasses.replace(weight, w=w, gain_axes=gain_axes).plus(update)

@@ -31,7 +31,7 @@ def only_first(values: list[Any]) -> LoraWeight:
     return weight
 
 
-@rule("transpose")
+@rule("transpose", takes_selected=True)
 def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = only_first(values)
     moved = {old: new for new, old in enumerate(eqn.params["permutation"])} | {RANK: RANK}
@@ -39,7 +39,7 @@ def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
     return [weight.map_parts(w, lambda f, axes: (f, [moved[i] for i in axes]))]
 
 
-@rule("convert_element_type")
+@rule("convert_element_type", takes_selected=True)
 def _convert(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     # The factors keep their own dtype and are cast where they are used.
     weight = only_first(values)
@@ -49,7 +49,7 @@ def _convert(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
     return [dataclasses.replace(weight, w=w)]
 
 
-@rule("copy", "copy_p", "name", "sharding_constraint", "reduce_precision", "pvary", "pcast")
+@rule("copy", "copy_p", "name", "sharding_constraint", "reduce_precision", "pvary", "pcast", takes_selected=True)
 def _identity(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = only_first(values)
     (w,) = evaluate_one(eqn, [weight.w])
@@ -72,18 +72,18 @@ def _reshard(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
     return [dataclasses.replace(moved, scale=move(weight.scale, ()))]
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", takes_selected=True)
 def _stop_gradient(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [jax.tree.map(lax.stop_gradient, only_first(values))]
 
 
-@rule("neg")
+@rule("neg", takes_selected=True)
 def _neg(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = only_first(values)
     return [dataclasses.replace(weight, w=-weight.w, scale=-weight.scale)]
 
 
-@rule("mul")
+@rule("mul", takes_selected=True)
 def _mul(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     left, right = values
     weight, factor = (left, right) if isinstance(left, LoraWeight) else (right, left)
@@ -94,7 +94,7 @@ def _mul(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [dataclasses.replace(weight, w=w, scale=scale)]
 
 
-@rule("div")
+@rule("div", takes_selected=True)
 def _div(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = only_first(values)
     if jnp.ndim(values[1]) != 0:
@@ -166,7 +166,7 @@ def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
     return [weight.map_parts(w, reshape)]
 
 
-@rule("broadcast_in_dim")
+@rule("broadcast_in_dim", takes_selected=True)
 def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     # A new axis, also what expand_dims is made of, is an axis that neither factor has.
     weight = only_first(values)
@@ -239,7 +239,7 @@ def _rev(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [weight.map_parts(w, flip)]
 
 
-@rule("add", "add_any", "sub")
+@rule("add", "add_any", "sub", takes_selected=True)
 def _add(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     # A dense term goes to W; of a difference, only the minuend's update keeps its sign.
     left, right = values
