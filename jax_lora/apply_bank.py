@@ -1,4 +1,4 @@
-"""`apply_bank`: any function of parameters, with an adapter of its own for each example of a batch."""
+"""`apply_bank`: any function of parameters, each example of a batch with an adapter of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from jax_lora.interpreter import Interpreter
 from jax_lora.interpreter.tokens import TokenAxes
 from jax_lora.slots import Chosen
 from jax_lora.transform import interpret, is_array, signature_with
+
+#: Stands for no axis.
+_SHARED = object()
 
 
 def apply_bank(
@@ -90,12 +93,14 @@ def apply_bank(
         def one(slot: jax.Array, mapped: dict[int, jax.Array]) -> list[jax.Array]:
             alone = {k: jnp.expand_dims(x, axes[k]) for k, x in mapped.items()}
             args = jax.tree.unflatten(treedef, [alone.get(k, x) for k, x in enumerate(leaves)])
-            adapter = Adapter({path: Chosen(slots, slot) for path, slots in bank.entries.items()})
+            adapter = Adapter({path: Chosen(bank.entries[path], slot) for path in bank.entries})
             tokens = None
             if slot.ndim:
                 tokens = TokenAxes({first + k: i for k, i in of_tokens.items()}, slot.shape[0])
             interpreter = Interpreter(strict=strict, tokens=tokens)
-            outputs[:] = jax.tree.flatten(interpret(interpreter, fun, params, adapter, args, kwargs))
+            outputs[:] = jax.tree.flatten(
+                interpret(interpreter, fun, params, adapter, args, kwargs)
+            )
             return [_alone(out, out_axes) for out in outputs[0] if is_array(out)]
 
         try:
@@ -124,8 +129,8 @@ def _slots(ids: Any, slots: int, token_axes: Any) -> jax.Array:
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim != axes:
         what = "[batch], or [batch, tokens] with token_axes" if axes == 1 else "[batch, tokens]"
         raise AdapterError(
-            f"expected ids as integers of shape {what}, such as bank.ids(names); got {ids.dtype} of "
-            f"shape {ids.shape}"
+            f"expected ids as integers of shape {what}, such as bank.ids(names); got {ids.dtype} "
+            f"of shape {ids.shape}"
         )
     if not isinstance(ids, jax.core.Tracer) and (np.asarray(ids) >= slots).any():
         raise AdapterError(f"expected ids below {slots}, the number of slots; got {ids}")
@@ -135,18 +140,20 @@ def _slots(ids: Any, slots: int, token_axes: Any) -> jax.Array:
 def _by_leaf(name: str, prefix: Any, args: tuple[Any, ...]) -> dict[int, int]:
     """The axis of each array among the arguments' leaves that has one, by the leaf's index."""
     prefix = tuple(prefix) if isinstance(prefix, list) else prefix
-    leaves, treedef = jax.tree.flatten(args)
+    # None would be a tree without leaves.
+    marked = jax.tree.map(
+        lambda axis: _SHARED if axis is None else axis, prefix, is_leaf=lambda axis: axis is None
+    )
     try:
-        full = jax.tree.broadcast(prefix, args, is_leaf=lambda axis: axis is None)
+        full = jax.tree.broadcast(marked, args)
     except ValueError as error:
         raise ConfigError(
             f"expected {name} to be an integer, None, or a tree prefix of the {len(args)} "
             f"arguments after the ids; got {prefix!r}"
         ) from error
-    axes = treedef.flatten_up_to(full)
     found = {}
-    for k, (axis, leaf) in enumerate(zip(axes, leaves, strict=True)):
-        if axis is None or not is_array(leaf):
+    for k, (axis, leaf) in enumerate(zip(*map(jax.tree.leaves, (full, args)), strict=True)):
+        if axis is _SHARED or not is_array(leaf):
             continue
         if not -leaf.ndim <= axis < leaf.ndim:
             raise ConfigError(f"expected {name} of {_name(args, k)}, got {axis} for {leaf.shape}")
@@ -192,7 +199,7 @@ def _alone(out: jax.Array, out_axes: int) -> jax.Array:
         return out
     if not -out.ndim <= out_axes < out.ndim or out.shape[out_axes] != 1:
         raise AdapterError(
-            f"expected outputs with the axis of the examples at out_axes={out_axes}, of size 1 for a "
-            f"batch of one; got shape {out.shape}"
+            f"expected outputs with the axis of the examples at out_axes={out_axes}, of size 1 for "
+            f"a batch of one; got shape {out.shape}"
         )
     return jnp.squeeze(out, out_axes)

@@ -1,4 +1,4 @@
-"""Many adapters side by side on the device, by name: added, replaced and removed without compiling."""
+"""Many adapters side by side on the device, by name, added and removed without compiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax_lora.adapter import Adapter, check_plain
 from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
 from jax_lora.lowrank import check_rank
 from jax_lora.sharding import adapter_shardings
-from jax_lora.slots import Arrays, Slots, empty_slot, factors_of, obstacle, padded, ranks_of
+from jax_lora.slots import Arrays, Slots, factors_of, obstacle, padded, ranks_of
 from jax_lora.tables import count
 from jax_lora.variants import DoraFactors, LoraFactors
 
@@ -39,8 +39,8 @@ class Bank:
 
     A bank is a value and a pytree: per parameter, the factors of all slots in one array, padded
     with zeros to one rank. `add`, `replace` and `remove` write one slot of it, in the time that
-    copying one adapter takes, and compile nothing. They return a new bank, and *the old one is gone*:
-    its memory is the new one's.
+    copying one adapter takes, and after the first time they compile nothing. They return a new
+    bank, and the old one is gone: its memory is the new one's.
 
     The names belong to the host. They are no part of the pytree, so that a program compiled for a
     bank serves every other one; what comes out of a transformed function has arrays alone, and
@@ -117,7 +117,7 @@ class Bank:
     @property
     def slots(self) -> int:
         """The number of slots."""
-        return next(iter(self.entries.values())).count
+        return int(jax.tree.leaves(self.entries)[0].shape[0])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +142,8 @@ class Bank:
         rank = "-".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))
         used = "arrays of" if self._places is None else f"{len(self)} of"
         parameters = f"{len(self.entries)} parameter{'s' * (len(self.entries) > 1)}"
-        return f"Bank({used} {self.slots} slots, rank {rank}, {parameters}, {count(self.nbytes)} bytes)"
+        size = count(self.nbytes)
+        return f"Bank({used} {self.slots} slots, rank {rank}, {parameters}, {size} bytes)"
 
     def slot(self, name: str) -> int:
         """The slot of an adapter.
@@ -152,7 +153,7 @@ class Bank:
         """
         return self._place(name).slot
 
-    def ids(self, names: str | None | Sequence[Any]) -> np.ndarray:
+    def ids(self, names: str | Sequence[Any] | None) -> np.ndarray:
         """The ids of adapters by their names, for `apply_bank`.
 
         Args:
@@ -274,20 +275,24 @@ class Bank:
     def _named(self) -> Mapping[str, _Place]:
         if self._places is None:
             raise AdapterError(
-                "expected a bank with names, got one out of a transformed function, which has arrays "
-                "alone; use bank.with_arrays(...) of the bank that went in"
+                "expected a bank with names, got one out of a transformed function, which has "
+                "arrays alone; use bank.with_arrays(...) of the bank that went in"
             )
         return self._places
 
     def _place(self, name: str) -> _Place:
         places = self._named()
         if name not in places:
-            raise AdapterError(f"no adapter {name!r} in the bank ({near_misses(str(name), places)})")
+            raise AdapterError(
+                f"no adapter {name!r} in the bank ({near_misses(str(name), places)})"
+            )
         return places[name]
 
     def _put(self, name: str, slot: int, adapter: Adapter) -> Bank:
         check_plain(adapter)
-        _refuse(f"{path}: {p}" for path, entry in adapter.items() if (p := self._problem(path, entry)))
+        _refuse(
+            f"{path}: {p}" for path, entry in adapter.items() if (p := self._problem(path, entry))
+        )
         factors = factors_of(adapter)
         ranks = {path: _rank(adapter[path], arrays) for path, arrays in factors.items()}
         _refuse(
@@ -314,10 +319,7 @@ class Bank:
         return ""
 
     def _blank(self) -> dict[str, Arrays]:
-        return {
-            path: empty_slot(slots.rank, slots.a.dtype, slots.layout, slots.gain is not None)
-            for path, slots in self.entries.items()
-        }
+        return {path: self.entries[path].blank() for path in self.entries}
 
     def _written(self, slot: int, arrays: Any, places: Mapping[str, _Place]) -> Bank:
         return Bank(_write(self.entries, np.int32(slot), arrays), places)
@@ -329,7 +331,7 @@ def _write(entries: Adapter, slot: jax.Array, arrays: dict[str, Arrays]) -> Adap
         new = {name: array.at[slot].set(own[name]) for name, array in slots.arrays().items()}
         return dataclasses.replace(slots, **new)
 
-    return Adapter({path: written(slots, arrays[path]) for path, slots in entries.items()})
+    return Adapter({path: written(entries[path], arrays[path]) for path in entries})
 
 
 @jax.jit

@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_lora.adapter import RANK, Adapter, Entry, Layout
 from jax_lora.errors import AdapterError
+from jax_lora.interpreter.explicit import look_up
 from jax_lora.variants import DoraFactors
 from jax_lora.virtual import LoraWeight, Selected
 
@@ -65,10 +66,13 @@ class Slots(Entry):
         a, b = ((*layout.stack_axes, RANK, *axes) for axes in (layout.in_axes, layout.out_axes))
         return {"a": a, "b": b, "gain": layout.column_axes}
 
+    def blank(self) -> Arrays:
+        """What a slot holds that leaves the parameter as it is."""
+        return empty_slot(self.rank, self.a.dtype, self.layout, self.gain is not None)
+
     def problems(self) -> list[str]:
         """What is wrong with the arrays' shapes; empty if nothing is."""
-        one = empty_slot(self.rank, self.a.dtype, self.layout, self.gain is not None)
-        expected = {name: (self.count, *x.shape) for name, x in one.items()}
+        expected = {name: (self.count, *x.shape) for name, x in self.blank().items()}
         found = {name: tuple(x.shape) for name, x in self.arrays().items()}
         return [] if found == expected else [f"expected arrays of shapes {expected}, found {found}"]
 
@@ -112,7 +116,10 @@ class Chosen(Entry):
         slots, axes = self.slots, self.slots.axes()
 
         def own(array: jax.Array, otherwise: float) -> jax.Array:
-            return array.at[self.slot].get(mode="fill", fill_value=otherwise)
+            def get(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+                return array.at[at].get(mode="fill", fill_value=otherwise)
+
+            return look_up(get, array, (self.slot,))
 
         weight = LoraWeight(
             w,

@@ -96,7 +96,10 @@ class LoraWeight:
 
     def parts(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """All labelled arrays: the factors, and gain and dropout keys where there are any."""
-        parts: dict[str, tuple[Any, tuple[int, ...]]] = {"a": (self.a, self.a_axes), "b": (self.b, self.b_axes)}
+        parts: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "a": (self.a, self.a_axes),
+            "b": (self.b, self.b_axes),
+        }
         if self.gain is not None:
             parts["gain"] = (self.gain, self.gain_axes)
         if self.drop is not None:
@@ -120,13 +123,6 @@ class LoraWeight:
     def selects(self) -> bool:
         """Whether the factors are selected out of many."""
         return isinstance(self.a, Selected) or isinstance(self.b, Selected)
-
-    def picked(self) -> LoraWeight:
-        """The weight with its factors as arrays, also where they are selected out of many."""
-        if not self.selects:
-            return self
-        a, b = (f.array() if isinstance(f, Selected) else f for f in (self.a, self.b))
-        return dataclasses.replace(self, a=a, b=b)
 
     def map_parts(
         self, w: jax.Array, fun: Callable[[Any, tuple[int, ...]], tuple[Any, Any]]
@@ -196,10 +192,6 @@ class Selected:
     def at_step(self, index: jax.Array) -> Selected:
         """The factor of one layer, where the first of its axes is a stack of them."""
         return dataclasses.replace(self, steps=(*self.steps, index))
-
-    def array(self) -> jax.Array:
-        """The factor itself; with one for each token, their axis comes first."""
-        return self.bank.at[(self.slot, *self.steps)].get(mode="fill", fill_value=0)
 
 
 @jax.tree_util.register_dataclass

@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from string import ascii_letters
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
 from jax_lora.interpreter.cost import Product
+from jax_lora.interpreter.explicit import distinct, explicit_sharding, spec_of, split_like
 from jax_lora.interpreter.mixed import mixed_einsum
 from jax_lora.virtual import LoraWeight, Selected, aligned, wider
 
@@ -89,11 +90,11 @@ def low_rank_einsum(
     reached_out = [n for n in out_letters if n in kept or n in far]
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     hidden_sharding = None
-    if out_sharding is not None:
+    if out_sharding is not None and not weight.selects:
         # The rank is whole, and every other axis is split as in the operand that it comes from.
         names = _split_as(near_factor, near) | _split_as(x, x_letters) | {_RANK_LETTER: None}
-        hidden_sharding = NamedSharding(out_sharding.mesh, _distinct(names[n] for n in kept))
-        names = dict(zip(out_letters, _spec_of(out_sharding, len(out_letters)), strict=True))
+        hidden_sharding = NamedSharding(out_sharding.mesh, distinct(names[n] for n in kept))
+        names = dict(zip(out_letters, spec_of(out_sharding, len(out_letters)), strict=True))
         out_sharding = NamedSharding(
             out_sharding.mesh, PartitionSpec(*[names[n] for n in reached_out])
         )
@@ -111,7 +112,12 @@ def low_rank_einsum(
         return product(kept, far, reached_out, hidden, far_factor, out_sharding)
 
     def product(
-        left: list[str], right: list[str], out: list[str], x: jax.Array, factor: Any, sharding: Any
+        left: Sequence[str],
+        right: Sequence[str],
+        out: Sequence[str],
+        x: jax.Array,
+        factor: Any,
+        sharding: NamedSharding | None,
     ) -> jax.Array:
         if isinstance(factor, Selected):
             return mixed_einsum(x, left, factor, right, out, token, dtype=dtype, **options)
@@ -138,31 +144,9 @@ def _scaled(hidden: jax.Array, scale: jax.Array, *, dtype: Any) -> jax.Array:
     return (hidden * scale.astype(hidden.dtype)).astype(dtype)
 
 
-def _explicit_sharding(array: jax.Array) -> NamedSharding | None:
-    """The sharding of an array, if shardings are part of the types of its mesh."""
-    sharding = jax.typeof(array).sharding
-    explicit = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
-    return sharding if explicit and AxisType.Explicit in sharding.mesh.axis_types else None
-
-
-def _spec_of(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
-    return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
-
-
 def _split_as(array: jax.Array, letters: Sequence[str]) -> dict[str, Any]:
     """The mesh axes along which each of an array's axes is split."""
-    return dict(zip(letters, _spec_of(jax.typeof(array).sharding, array.ndim), strict=True))
-
-
-def _distinct(entries: Iterable[Any]) -> PartitionSpec:
-    """A spec that splits along each mesh axis once, the first time."""
-    used: set[str] = set()
-    spec = []
-    for entry in entries:
-        names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
-        spec.append(None if names & used else entry)
-        used |= names
-    return PartitionSpec(*spec)
+    return dict(zip(letters, spec_of(jax.typeof(array).sharding, array.ndim), strict=True))
 
 
 def _product(x: jax.Array, weight: LoraWeight, *, stack: int, fan_in: int, fan_out: int) -> Product:
@@ -189,26 +173,6 @@ def _gained(
     order = [places.get(k, -2) for k in range(array.ndim)]
     gain = aligned(weight.gain.astype(wide), weight.gain_axes, order)
     return (array.astype(wide) * gain).astype(array.dtype)
-
-
-if hasattr(jax.sharding, "auto_axes"):
-    _auto_axes = jax.sharding.auto_axes
-else:  # older versions
-    from jax.experimental.shard import (  # type: ignore[import-not-found,no-redef]
-        auto_axes as _auto_axes,
-    )
-
-
-def _split_like(out: jax.Array, fun: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """``fun(*args)``, split as ``out`` is.
-
-    JAX infers few shardings of convolutions and ragged products, so where shardings are part of the
-    types, those of what is in between are left to XLA.
-    """
-    sharding = _explicit_sharding(out)
-    if sharding is None:
-        return fun(*args)
-    return _auto_axes(fun, out_sharding=sharding)(*args)
 
 
 @rule("dot_general", takes_selected=True)
@@ -261,7 +225,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     if gain_first:
         plain[1 - side] = _gained(x, letters[1 - side], weight, letters[side])
     (out,) = evaluate_one(eqn, plain)
-    sharding = _explicit_sharding(out)
+    sharding = explicit_sharding(out)
     if not gain_first:
         out = _gained(out, out_letters, weight, letters[side])
     update = low_rank_einsum(
@@ -353,7 +317,7 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return interpreter.updated(to_rank, x, first, from_rank).astype(out.dtype)
 
     interpreter.factored(weight, eqn)
-    return [out + _split_like(out, update, x, near[0], far[0], weight.scale)]
+    return [out + split_like(out, update, x, near[0], far[0], weight.scale)]
 
 
 def _groups_as_examples(x: jax.Array, spec: Sequence[int], groups: int) -> jax.Array:
@@ -416,4 +380,4 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
         return added.astype(out.dtype)
 
     interpreter.factored(weight, eqn)
-    return [out + _split_like(out, update, x, near[0], far[0], weight.scale, group_sizes)]
+    return [out + split_like(out, update, x, near[0], far[0], weight.scale, group_sizes)]

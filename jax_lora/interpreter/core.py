@@ -19,7 +19,8 @@ import jax.core
 
 from jax_lora.errors import MaterializeError
 from jax_lora.interpreter.cost import Product, verdict
-from jax_lora.virtual import LoraWeight
+from jax_lora.interpreter.mixed import picked
+from jax_lora.virtual import LoraWeight, Selected
 
 
 class Unfactorable(Exception):  # noqa: N818 - a signal from a rule, not an error for the user
@@ -242,11 +243,12 @@ class Interpreter:
             return value
         if value.scale.ndim:
             raise MaterializeError(
-                f"{value.path}: the adapted weight reaches `{primitive}` with an id for each token; "
-                "expected a matrix product or a lookup of rows, in which every row is one token's. "
-                "Give one id for each example, or exclude this parameter from the bank"
+                f"{value.path}: the adapted weight reaches `{primitive}`; with an id for each "
+                "token, expected a matrix product or a lookup of rows, in which every row is one "
+                "token's. Give one id for each example, or leave this parameter out of the bank"
             )
-        return value.picked()
+        a, b = (f if not isinstance(f, Selected) else picked(f) for f in (value.a, value.b))
+        return dataclasses.replace(value, a=a, b=b)
 
     def _refuse_dropout(self, weight: LoraWeight, primitive: str) -> None:
         raise MaterializeError(

@@ -12,6 +12,7 @@ from jax import lax
 
 from jax_lora.adapter import RANK
 from jax_lora.interpreter.core import Interpreter, Unfactorable, evaluate_one, rule
+from jax_lora.interpreter.explicit import look_up
 from jax_lora.interpreter.mixed import mixed_einsum
 from jax_lora.interpreter.structural import only_first
 from jax_lora.virtual import LoraWeight
@@ -143,25 +144,27 @@ def _selected_rows(
         """What there is one of, or one of for each token, with the axes of the lookups."""
         return jnp.expand_dims(per_token, [k for k in range(len(batch_axes)) if k != token_axis])
 
-    slot, shape = spread(near.slot), indices.shape[:-1]
-    columns = [indices[..., numbers.start_index_map.index(i)] for i in labels[1:]]
-    at = [jnp.broadcast_to(i, shape).astype(jnp.int32) for i in (slot, *near.steps, *columns)]
+    columns = [numbers.start_index_map.index(i) for i in labels[1:]]
     first = 1 + len(near.steps)
-    hidden = lax.gather(
-        near.bank,
-        jnp.stack(at, axis=-1),
-        lax.GatherDimensionNumbers(
-            offset_dims=(len(shape),),
-            collapsed_slice_dims=tuple(i for i in range(near.bank.ndim) if i != first),
-            start_index_map=tuple(i for i in range(near.bank.ndim) if i != first),
-        ),
-        slice_sizes=(*[1] * first, near.shape[0], *[1] * len(columns)),
-        mode=eqn.params["mode"],
-        # Out of bounds the base has its fill value, NaN by default, and the update adds 0.
-        fill_value=0,
-    )
-    exists = (slot < near.bank.shape[0])[..., None]
-    hidden = jnp.where(exists, hidden, jnp.zeros_like(hidden))
+    along = tuple(i for i in range(near.bank.ndim) if i != first)
+
+    def rows_of(bank: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        slot, indices, *steps = at
+        places = [spread(slot), *steps, *(indices[..., k] for k in columns)]
+        places = [jnp.broadcast_to(i, indices.shape[:-1]).astype(jnp.int32) for i in places]
+        taken = lax.gather(
+            bank,
+            jnp.stack(places, axis=-1),
+            lax.GatherDimensionNumbers((indices.ndim - 1,), along, along),
+            slice_sizes=(*[1] * first, near.shape[0], *[1] * len(columns)),
+            mode=eqn.params["mode"],
+            # Out of bounds the base has its fill value, NaN by default, and the update adds 0.
+            fill_value=0,
+        )
+        exists = (spread(slot) < bank.shape[0])[..., None]
+        return jnp.where(exists, taken, jnp.zeros_like(taken))
+
+    hidden = look_up(rows_of, near.bank, (near.slot, indices, *near.steps))
     hidden = hidden * spread(weight.scale).astype(hidden.dtype)[..., None]
     kept = [i for i in range(weight.ndim) if i not in picked]
     place = dict(zip(kept, numbers.offset_dims, strict=True)) | {RANK: w.ndim}

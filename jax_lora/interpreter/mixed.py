@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding
 
 from jax_lora.interpreter.cost import op
+from jax_lora.interpreter.explicit import distinct, explicit_sharding, look_up, spec_of, split_as
 from jax_lora.virtual import Selected, wider
 
 #: Arithmetic outside of a matrix product costs as many times that in one, on CPUs: with this value
@@ -57,8 +59,8 @@ def mixed_einsum(
     Returns:
         The product. Under `jax.vmap` over examples it has the form that costs least.
     """
-    spelled = ("".join(part) for part in (x_letters, token, letters, out_letters))
-    product = MixedProduct(*spelled, dtype, tuple(options.items()))
+    x_spec, spec, out = ("".join(part) for part in (x_letters, letters, out_letters))
+    product = MixedProduct(x_spec, token, spec, out, dtype, tuple(options.items()))
 
     @custom_vmap
     def one(x: jax.Array, factor: Selected) -> jax.Array:
@@ -77,9 +79,20 @@ def mixed_einsum(
     return one(x, factor)
 
 
+def picked(factor: Selected) -> jax.Array:
+    """The factor that this example selects, as an array."""
+    return look_up(_own, factor.bank, (factor.slot, *factor.steps))
+
+
+def _own(bank: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    return bank.at[at].get(mode="fill", fill_value=0)
+
+
 def _mapped(fun: Callable[..., Any], batched: Any, *args: Any) -> tuple[Any, bool]:
     """What a rule of `custom_vmap` returns for a function without one of its own."""
-    return jax.vmap(fun, jax.tree.map(lambda flag: 0 if flag else None, tuple(batched)))(*args), True
+    return jax.vmap(fun, jax.tree.map(lambda flag: 0 if flag else None, tuple(batched)))(
+        *args
+    ), True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +123,9 @@ class MixedProduct:
 
     def __call__(self, x: jax.Array, factor: Selected) -> jax.Array:
         """The product in the form that costs least, and nothing at all where nobody selects one."""
+        return split_as(self._sharding(x, factor), self._product, x, factor)
+
+    def _product(self, x: jax.Array, factor: Selected) -> jax.Array:
         costs = self.costs(x, factor)
         best = getattr(self, min(costs, key=lambda form: costs[form]))
 
@@ -129,11 +145,28 @@ class MixedProduct:
         product.defjvp(self._derivative, symbolic_zeros=True)
         return product(x, factor)
 
+    def _sharding(self, x: jax.Array, factor: Selected) -> NamedSharding | None:
+        """That of the result, where shardings are part of the types: as the operands are split."""
+        skipped = "." * (1 + len(factor.steps))
+        meshes: list[Any] = []
+        names: dict[str, Any] = {}
+        for letters, array in (
+            (skipped + self.factor, factor.bank),
+            (self.ids, factor.slot),
+            (self.x, x),
+        ):
+            if (sharding := explicit_sharding(array)) is not None:
+                meshes.append(sharding.mesh)
+                names |= dict(zip(letters, spec_of(sharding, array.ndim), strict=True))
+        if not meshes:
+            return None
+        return NamedSharding(meshes[0], distinct(names.get(n) for n in self.out))
+
     def _derivative(self, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         # By a form whose transposition is no more expensive: of the fused one, each term would have
         # a gradient of the whole bank. What it looks up is not kept for the backward pass.
         (x, factor), (dx, d_factor) = primals, tangents
-        y = self(x, factor)
+        y = self._product(x, factor)
         dy = jnp.zeros_like(y)
         if not isinstance(dx, SymbolicZero):
             dy = dy + jax.checkpoint(self._linear)(dx, factor, factor.bank)
@@ -176,7 +209,7 @@ class MixedProduct:
         return costs
 
     def _fusible(self, factor: Any) -> bool:
-        """Whether it sums over the rank, a factor's first axis, and keeps the rest, or the reverse."""
+        """Whether it sums over a factor's first axis, the rank, and keeps the rest; or reversed."""
         summed = "".join(n for n in self.factor if n not in self.out)
         kept = "".join(n for n in self.factor if n not in self.x)
         first, rest = self.factor[:1], self.factor[1:]
@@ -185,7 +218,8 @@ class MixedProduct:
 
     def gather(self, x: jax.Array, factor: Selected) -> jax.Array:
         """The selected factors side by side, and a product."""
-        return self._einsum(f"{self.x},{self.ids}{self.factor}->{self.out}", x, factor.array())
+        own = _own(factor.bank, (factor.slot, *factor.steps))
+        return self._einsum(f"{self.x},{self.ids}{self.factor}->{self.out}", x, own)
 
     def all(self, x: jax.Array, factor: Selected, finite: jax.Array | None = None) -> jax.Array:
         """The product with the factors of all slots, of which each example keeps its own.

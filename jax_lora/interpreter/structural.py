@@ -49,7 +49,16 @@ def _convert(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
     return [dataclasses.replace(weight, w=w)]
 
 
-@rule("copy", "copy_p", "name", "sharding_constraint", "reduce_precision", "pvary", "pcast", takes_selected=True)
+@rule(
+    "copy",
+    "copy_p",
+    "name",
+    "sharding_constraint",
+    "reduce_precision",
+    "pvary",
+    "pcast",
+    takes_selected=True,
+)
 def _identity(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = only_first(values)
     (w,) = evaluate_one(eqn, [weight.w])

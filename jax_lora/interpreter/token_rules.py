@@ -1,9 +1,10 @@
-"""Where the tokens are after one operation, if it is known to keep each token's entries in place."""
+"""Where the tokens are after one operation, if it keeps each token's entries at its place."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jax_lora.interpreter.core import is_literal
@@ -11,16 +12,20 @@ from jax_lora.interpreter.lookup import picked_axes
 from jax_lora.interpreter.structural import reshape_groups
 
 #: Entry by entry, of arrays of one shape and numbers.
-_ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le lgamma log log1p logistic lt max mesh_cast min mul name ne neg nextafter not
-    optimization_barrier or pcast pow pvary reduce_precision rem reshard round rsqrt select_n
-    sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor
-""".split()
-_REDUCTIONS = """
-    argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
-""".split()
+_ELEMENTWISE = (
+    *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh"),
+    *("cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma"),
+    *("div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt"),
+    *("integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max"),
+    *("mesh_cast", "min", "mul", "name", "ne", "neg", "nextafter", "not", "optimization_barrier"),
+    *("or", "pcast", "pow", "pvary", "reduce_precision", "rem", "reshard", "round", "rsqrt"),
+    *("select_n", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square"),
+    *("stop_gradient", "sub", "tan", "tanh", "xor"),
+)
+_REDUCTIONS = (
+    *("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod"),
+    *("reduce_sum", "reduce_xor"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Tag:
         return dataclasses.replace(self, axes={**self.axes, axis: tokens})
 
 
-Tags = Sequence[Tag | None]
+#: Of all inputs or outputs of an equation; None for those that no token reaches.
+Tags = Sequence[Any]
 #: ``rule(eqn, tags, known)``: the tag of all outputs, or of each; ``known`` are values of scalars.
 _Rule = Callable[[Any, Tags, Mapping[Any, Any]], Tag | list[Tag]]
 _RULES: dict[str, _Rule] = {}
@@ -160,7 +166,7 @@ def _dynamic_slice(eqn: Any, tags: Tags, known: Mapping[Any, Any]) -> Tag:
         return Tag({}, lost="dynamic_slice")
     for i, tokens in tag.axes.items():
         size, whole = eqn.params["slice_sizes"][i], operand.aval.shape[i]
-        start = starts[i].val if is_literal(starts[i]) else known.get(starts[i])
+        start: Any = starts[i].val if is_literal(starts[i]) else known.get(starts[i])
         if size != whole and start is None:
             return tag.without("dynamic_slice", [i])
         if size != whole:
@@ -197,7 +203,7 @@ def _concatenate(eqn: Any, tags: Tags, known: Any) -> Tag:
     if None in parts:
         return rest
     tokens = [token for part in parts for token in part or ()]
-    steps = {later - token for token, later in zip(tokens, tokens[1:], strict=False)}
+    steps = {later - token for token, later in pairwise(tokens)}
     if len(steps) > 1 or steps & {0}:
         return rest
     step = steps.pop() if steps else 1

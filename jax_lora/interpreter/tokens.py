@@ -1,9 +1,9 @@
 """Whose each row is: the axis of the tokens in the input of every product.
 
 Where each token selects an adapter of its own, a product with an adapted weight has to know which
-row of its input is which token's. In the arguments that is given. From there the tokens are followed
-through the function's jaxpr, without evaluating anything, by operations that are known to keep each
-token's entries at its place along an axis. Behind all others it is not known, and never guessed.
+row of its input is which token's. In the arguments that is given. From there the tokens are
+followed through the function's jaxpr, without evaluating anything, by operations that are known to
+keep each token's entries at its place along an axis. Behind others it is not known, nor guessed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from jax_lora.interpreter.core import is_literal, open_jaxpr
 from jax_lora.interpreter.token_rules import Tag, Tags, tags_after
 from jax_lora.virtual import LoraWeight
 
-_CALLS = """
-    jit pjit remat remat2 checkpoint closed_call core_call core_closed_call call custom_jvp_call
-    custom_vjp_call custom_vjp_call_jaxpr
-""".split()
+_CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
+_CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class TokenAxes:
@@ -72,9 +70,9 @@ class TokenAxes:
             found = f"whose rows are no token's any more, behind `{tag.lost}`"
         raise MaterializeError(
             f"{weight.path}: `{eqn.primitive.name}` has an input of shape "
-            f"{tuple(eqn.invars[index].aval.shape)} {found}; expected one row for each token, which "
-            "selects its adapter. Give one id for each example, or leave this parameter out of the "
-            "bank"
+            f"{tuple(eqn.invars[index].aval.shape)} {found}; expected one row for each token, "
+            "which selects its adapter. Give one id for each example, or leave this parameter out "
+            "of the bank"
         )
 
 
@@ -145,9 +143,7 @@ class _Walk:
         self.run(cond, [*tags[:first], *outs])
         return outs
 
-    def _loop(
-        self, body: Any, tags: list[Tag | None], first: int, count: int
-    ) -> list[Tag | None]:
+    def _loop(self, body: Any, tags: list[Tag | None], first: int, count: int) -> list[Tag | None]:
         """The outputs of a loop's body that carries ``count`` values, its inputs from ``first``."""
         carry = slice(first, first + count)
         while True:
@@ -160,7 +156,7 @@ class _Walk:
 
 def _fold(eqn: Any, known: dict[Any, Any]) -> None:
     """Note the value of an index that is arithmetic on numbers: older versions' ``x[:, -1]``."""
-    values = [v.val if is_literal(v) else known.get(v) for v in eqn.invars]
+    values: list[Any] = [v.val if is_literal(v) else known.get(v) for v in eqn.invars]
     if any(value is None or np.ndim(value) for value in values):
         return
     name, (out, *_) = eqn.primitive.name, eqn.outvars
