@@ -39,8 +39,8 @@ class Bank:
 
     A bank is a value and a pytree: per parameter, the factors of all slots in one array, padded
     with zeros to one rank. `add`, `replace` and `remove` write one slot of it, in the time that
-    copying one adapter takes, and after the first time they compile nothing. They return a new
-    bank, and the old one is gone: its memory is the new one's.
+    copying one adapter takes, and compile nothing. They return a new bank, and the old one is gone:
+    its memory is the new one's.
 
     The names belong to the host. They are no part of the pytree, so that a program compiled for a
     bank serves every other one; what comes out of a transformed function has arrays alone, and
@@ -112,7 +112,8 @@ class Bank:
         for path, (own, of_factors, gain) in ranks_of(like).items():
             largest, layout = given.get(path) or own, like[path].layout
             entries[path] = Slots.empty(slots, largest, dtype or of_factors, layout, gain)
-        return cls(Adapter(entries), {})
+        bank = cls(Adapter(entries), {})
+        return bank._written(0, bank._blank(), {})  # so that no later write compiles anything
 
     @property
     def slots(self) -> int:
@@ -184,31 +185,33 @@ class Bank:
             AdapterError: There is an adapter of this name, or no free slot; or the adapter does not
                 fit, with every reason. The bank is still what it was.
         """
-        places = self._named()
-        if not isinstance(name, str) or not name:
-            raise AdapterError(f"expected a name, a string that is not empty; got {name!r}")
-        if name in places:
-            raise AdapterError(f"expected a new name, but {name!r} is in the bank; use replace")
-        free = set(range(self.slots)) - {place.slot for place in places.values()}
+        self._check_new(name)
+        free = set(range(self.slots)) - {place.slot for place in self._named().values()}
         if not free:
             raise AdapterError(f"expected a free slot, but all {self.slots} are taken; remove one")
         return self._put(name, min(free), adapter)
 
-    def replace(self, name: str, adapter: Adapter) -> Bank:
+    def replace(self, name: str, adapter: Adapter, *, rename: str | None = None) -> Bank:
         """The bank with another adapter in the place of the one of this name.
 
         Args:
             name: The name.
             adapter: The new adapter.
+            rename: The new adapter's name, if it has another one.
 
         Returns:
             The new bank, in the memory of this one.
 
         Raises:
-            AdapterError: There is no adapter of this name, with the nearest names; or the new one
-                does not fit, with every reason. The bank is still what it was.
+            AdapterError: There is no adapter of this name, with the nearest names; or there is one
+                of the new name; or the new one does not fit, with every reason. The bank is still
+                what it was.
         """
-        return self._put(name, self._place(name).slot, adapter)
+        slot = self._place(name).slot
+        if rename is None or rename == name:
+            return self._put(name, slot, adapter)
+        self._check_new(rename)
+        return self._put(rename, slot, adapter, gone=name)
 
     def remove(self, name: str) -> Bank:
         """The bank without an adapter; its slot is free, and its id stands for the plain base.
@@ -217,8 +220,7 @@ class Bank:
             AdapterError: There is no adapter of this name, with the nearest names.
         """
         slot = self._place(name).slot
-        places = {other: place for other, place in self._named().items() if other != name}
-        return self._written(slot, self._blank(), places)
+        return self._written(slot, self._blank(), self._places_without(name))
 
     def get(self, name: str) -> Adapter:
         """An adapter out of the bank, of the rank it had: to be saved after training, say.
@@ -288,7 +290,16 @@ class Bank:
             )
         return places[name]
 
-    def _put(self, name: str, slot: int, adapter: Adapter) -> Bank:
+    def _places_without(self, name: str | None) -> dict[str, _Place]:
+        return {other: place for other, place in self._named().items() if other != name}
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"expected a name, a string that is not empty; got {name!r}")
+        if name in self._named():
+            raise AdapterError(f"expected a new name, but {name!r} is in the bank; use replace")
+
+    def _put(self, name: str, slot: int, adapter: Adapter, gone: str | None = None) -> Bank:
         check_plain(adapter)
         _refuse(
             f"{path}: {p}" for path, entry in adapter.items() if (p := self._problem(path, entry))
@@ -303,7 +314,8 @@ class Bank:
         arrays = self._blank()
         for path, own in factors.items():
             padded(own, arrays[path])
-        return self._written(slot, arrays, {**self._named(), name: _Place(slot, ranks)})
+        places = self._places_without(gone) | {name: _Place(slot, ranks)}
+        return self._written(slot, arrays, places)
 
     def _problem(self, path: str, entry: Any) -> str:
         """Why an entry cannot be put into the bank, whatever its rank; empty if it can."""

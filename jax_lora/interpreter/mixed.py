@@ -90,9 +90,8 @@ def _own(bank: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
 
 def _mapped(fun: Callable[..., Any], batched: Any, *args: Any) -> tuple[Any, bool]:
     """What a rule of `custom_vmap` returns for a function without one of its own."""
-    return jax.vmap(fun, jax.tree.map(lambda flag: 0 if flag else None, tuple(batched)))(
-        *args
-    ), True
+    axes = jax.tree.map(lambda flag: 0 if flag else None, tuple(batched))
+    return jax.vmap(fun, axes)(*args), True
 
 
 @dataclasses.dataclass(frozen=True)
