@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.errors import CheckpointError
+from jax_lora.peft.files import listed, new_file
 
 #: The dtypes of trained numbers.
 FLOATS = {
@@ -30,9 +31,9 @@ FLOATS = {
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 #: Bytes of one element of what a file may hold besides.
 _OTHER = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-#: The format's own limit for the header.
-_MAX_HEADER = 100_000_000
-_MAX_JSON = 16 * 2**20
+#: A hundred thousand tensors; what Python makes of JSON takes up to 25 times the text.
+_MAX_HEADER = 16 * 2**20
+_MAX_JSON = 4 * 2**20
 _DAMAGED = "a damaged or an unfinished copy? Fetch the file again"
 
 
@@ -107,7 +108,7 @@ class TensorFile:
                     "overlaps, they do not"
                 )
         if problems:
-            raise CheckpointError(f"{path}: {_DAMAGED}:\n  " + "\n  ".join(problems))
+            raise CheckpointError(f"{path}: {_DAMAGED}:\n  {listed(problems)}")
         return cls(path, tensors, metadata)
 
     def read(self, name: str) -> np.ndarray:
@@ -132,6 +133,29 @@ class TensorFile:
         return np.frombuffer(data, FLOATS[stored.dtype]).reshape(stored.shape)
 
 
+class StoredArray:
+    """A tensor of a file that is read when its values are asked for, and not kept.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    def __init__(self, file: TensorFile, name: str):
+        self._file, self._name = file, name
+        stored = file.tensors[name]
+        if stored.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{file.path}: {name}: expected one of {', '.join(FLOATS)}, found {stored.dtype}"
+            )
+        self.shape, self.dtype = stored.shape, FLOATS[stored.dtype]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For numpy: the values."""
+        value = self._file.read(self._name)
+        return value if dtype is None else value.astype(dtype)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file, marked as PyTorch's so that its readers take it.
 
@@ -154,10 +178,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         at += x.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def read_json(path: Path) -> dict[str, Any]:

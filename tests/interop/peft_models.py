@@ -177,6 +177,10 @@ def _llama_names(layers: str) -> tuple[jl.peft.Name, ...]:
     )
 
 
+def _llama_tied(p: Any, tokens: Any) -> Any:
+    return _qwen2({**p, "lm_head.weight": p["model.embed_tokens.weight"]}, tokens)
+
+
 def _gpt2(p: Any, tokens: Any) -> Any:
     def conv1d(name: str, x: Any) -> Any:
         return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
@@ -313,10 +317,14 @@ _ENCODER = {
     "intermediate_size": INNER,
 }
 _MAKE_LLAMA = _hf("LlamaConfig", "LlamaForCausalLM", **_LLAMA)
+_MAKE_TIED = _hf("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA)
 
 MODELS = {
     "llama": Model(_MAKE_LLAMA, _llama, TOKENS, _llama_params, _llama_names("layers_{layer}")),
     "llama-scanned": Model(_MAKE_LLAMA, _llama_scanned, TOKENS, _stacked, _llama_names("layers")),
+    "llama-tied": Model(_MAKE_TIED, _llama_tied, TOKENS, _untied),
+    # Torch has one parameter, we have two with its values.
+    "llama-copied": Model(_MAKE_TIED, _qwen2, TOKENS),
     "qwen2": Model(_hf("Qwen2Config", "Qwen2ForCausalLM", **_LLAMA), _qwen2, TOKENS),
     "gpt2": Model(
         _hf(
@@ -421,5 +429,7 @@ def randomized(wrapped: Any) -> None:
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
+            elif "hada_" in name or "lokr_" in name:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
             elif parameter.requires_grad:
                 parameter *= 1 + 0.2 * torch.rand_like(parameter)

@@ -106,6 +106,95 @@ IMPORTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"target_modules": ["c_fc", "wpe"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
     ),
+    "tied-tokens": (
+        "llama-tied",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 2]},
+        },
+    ),
+    "tied-copied-tokens": (
+        "llama-copied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    ),
+    "gpt2-tokens": (
+        "gpt2",
+        {"target_modules": ["c_fc"], "fan_in_fan_out": True, "trainable_token_indices": [0, 3]},
+    ),
+    "gpt2-tied-tokens": (
+        "gpt2",
+        {
+            "target_modules": ["c_fc"],
+            "fan_in_fan_out": True,
+            "trainable_token_indices": {"wte": [1, 18, 7]},
+        },
+    ),
+    "llama-tokens": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    ),
+    "llama-tokens-head": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [3, 4, 18]},
+        },
+    ),
+    "qwen2-biases": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}),
+    "qwen2-biases-dora": (
+        "qwen2",
+        {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only", "use_dora": True},
+    ),
+    "bert-biases": (
+        "bert",
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
+    ),
+    "vit-biases": ("vit", {"target_modules": ["projection", "fc1"], "bias": "lora_only"}),
+    "llama-loha": ("llama", {"peft_type": "LOHA", "target_modules": ["q_proj", "down_proj"]}),
+    "scanned-loha": (
+        "llama-scanned",
+        {
+            "peft_type": "LOHA",
+            "target_modules": ["k_proj", "up_proj"],
+            "rank_pattern": {r"layers\.1\..*up_proj": 2},
+            "alpha_pattern": {"layers.0.mlp.up_proj": 2},
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "cnn-loha": ("cnn", {"peft_type": "LOHA", "target_modules": ["conv1", "conv2", "head"]}),
+    "cnn-loha-tucker": (
+        "cnn",
+        {
+            "peft_type": "LOHA",
+            "target_modules": ["conv1", "conv2"],
+            "use_effective_conv2d": True,
+        },
+    ),
+    "llama-lokr": ("llama", {"peft_type": "LOKR", "target_modules": ["q_proj", "gate_proj"]}),
+    "scanned-lokr": (
+        "llama-scanned",
+        {
+            "peft_type": "LOKR",
+            "r": 1,
+            "target_modules": ["v_proj", "down_proj"],
+            "decompose_both": True,
+            "alpha_pattern": {"layers.0.mlp.down_proj": 2},
+        },
+    ),
+    "llama-lokr-factor": (
+        "llama",
+        {"peft_type": "LOKR", "r": 2, "target_modules": ["q_proj"], "decompose_factor": 2},
+    ),
+    "cnn-lokr": ("cnn", {"peft_type": "LOKR", "r": 1, "target_modules": ["conv1", "conv2", "head"]}),
+    "cnn-lokr-tucker": (
+        "cnn",
+        {
+            "peft_type": "LOKR",
+            "r": 1,
+            "target_modules": ["conv1", "conv2"],
+            "use_effective_conv2d": True,
+        },
+    ),
     "bert": ("bert", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
     "vit": ("vit", {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]}),
     "vit-patches": ("vit", {"target_modules": ["projection", "v_proj"]}),
@@ -114,11 +203,19 @@ IMPORTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def _theirs(peft_type: str = "LORA", **settings: Any) -> Any:
+    """PEFT's configuration."""
+    if peft_type == "LORA":
+        return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "lora_dropout": 0.1} | settings)
+    made = {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[peft_type]
+    return made(**{"r": 3, "alpha": 5, "rank_dropout": 0.1} | settings)
+
+
 @pytest.mark.parametrize("case", IMPORTS)
 def test_an_adapter_of_peft_is_the_same_function_here(case: str, tmp_path: Path) -> None:
     which, settings = IMPORTS[case]
     model = MODELS[which]
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "lora_dropout": 0.1} | settings)
+    config = _theirs(**settings)
     wrapped = peft.get_peft_model(model.torch(), config)
     randomized(wrapped)
     wrapped.eval()

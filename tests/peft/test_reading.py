@@ -163,8 +163,8 @@ def test_all_that_does_not_fit_is_one_error(world: World, tensors: Tensors, tmp_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type: expected 'LORA', found 'LOHA'"),
-        ({"peft_type": None}, "peft_type: expected 'LORA'"),
+        ({"peft_type": "IA3"}, "peft_type: expected one of LORA, LOHA, LOKR, found 'IA3'"),
+        ({"peft_type": None}, "peft_type: expected one of LORA, LOHA, LOKR, found ''"),
         ({"r": 0}, "r: expected a positive integer, found 0"),
         ({"r": True}, "r: expected a positive integer, found True"),
         ({"r": 2.0}, "r: expected a positive integer, found 2.0"),
@@ -172,13 +172,20 @@ def test_all_that_does_not_fit_is_one_error(world: World, tensors: Tensors, tmp_
         ({"r": 3}, r"expected A of shape \(3, 6\), found \(2, 6\)"),
         ({"lora_alpha": "3"}, "lora_alpha: expected a number, found '3'"),
         ({"lora_alpha": 1e300}, "lora_alpha: expected a number"),
-        ({"bias": "all"}, "bias: expected 'none', found 'all'"),
+        ({"bias": "some"}, "bias: expected one of none, all, lora_only, found 'some'"),
+        ({"bias": "all"}, r"head\.bias: is in bias='all', and the file has no such key"),
+        ({"bias": "lora_only"}, r"layers\.1\.fc\.bias: is in bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias: is set to True, which is not implemented"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices: is set"),
+        ({"trainable_token_indices": {"embed": [1]}}, "embed: has trained tokens, and the file has"),
+        ({"trainable_token_indices": [1, 1]}, "expected different rows, or such by the name"),
+        ({"trainable_token_indices": {"embed": [-1]}}, "expected different rows, or such by the"),
         ({"target_parameters": ["x"]}, "target_parameters: is set"),
         ({"layer_replication": [[0, 1]]}, "layer_replication: is set"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: is set"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying: is set"),
+        ({"ensure_weight_tying": 1}, "ensure_weight_tying: expected true or false, found 1"),
+        ({"alpha": 3}, "alpha: is set to 3, which is not implemented"),
+        ({"peft_type": "LOHA"}, "lora_alpha: is set to 3, which is not implemented"),
+        ({"peft_type": "LOHA", "alpha": 3, "lora_alpha": None, "bias": None}, "no parameter is called"),
         ({"use_qalora": True}, "use_qalora: is set"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: is set"),
         ({"a_field_of_2031": 1}, "a_field_of_2031: is set to 1, which is not implemented"),
@@ -312,17 +319,19 @@ def test_rules_say_how_a_convolution_lies() -> None:
     layout = jl.Layout((2, 5, 3, 4), in_axes=(0, 2, 3), out_axes=(1,))
     params = {"w": jnp.zeros(layout.shape)}
     rule = jl.peft.Name("w", "conv.weight", kind="conv", axes="hoiw")
-    place = jl.peft.names.places_of(params, [rule], {"w": layout})["conv.weight"]
+    place = jl.peft.places.places_of(params, [rule], {"w": layout})["conv.weight"]
     weight = np.arange(5 * 3 * 2 * 4).reshape(5, 3, 2, 4)
     assert place.torch_shape == weight.shape
-    np.testing.assert_array_equal(place.from_torch(weight), weight.transpose(2, 0, 1, 3))
-    np.testing.assert_array_equal(place.to_torch(place.from_torch(weight)), weight)
+    ours = np.zeros(layout.shape, weight.dtype)
+    place.write(ours, weight)
+    np.testing.assert_array_equal(ours, weight.transpose(2, 0, 1, 3))
+    np.testing.assert_array_equal(place.read(ours), weight)
     guess = jl.peft.Name("w", "conv.weight", kind="conv")
     with pytest.raises(ConfigError, match="say axes= in its rule"):
-        jl.peft.names.places_of(params, [guess], {"w": layout})
+        jl.peft.places.places_of(params, [guess], {"w": layout})
     wrong = jl.peft.Name("w", "conv.weight", kind="conv", axes="ohiw")
-    with pytest.raises(ConfigError, match="with 'o' at axis 1"):
-        jl.peft.names.places_of(params, [wrong], {"w": layout})
+    with pytest.raises(ConfigError, match="expected axes='ohiw' to fit the roles of its axes"):
+        jl.peft.places.places_of(params, [wrong], {"w": layout})
 
 
 def test_flax_names() -> None:
@@ -333,7 +342,7 @@ def test_flax_names() -> None:
             "embed": {"embedding": np.zeros((4, 2))},
         }
     }
-    places = jl.peft.names.places_of(params, jl.peft.FLAX, {})
+    places = jl.peft.places.places_of(params, jl.peft.FLAX, {})
     assert {name: place.path for name, place in places.items()} == {
         "model.layers.0.q.weight": "params/model/layers/0/q/kernel",
         "model.layers.0.q.bias": "params/model/layers/0/q/bias",
