@@ -23,6 +23,7 @@ peft = pytest.importorskip("peft")
 load_file = pytest.importorskip("safetensors.numpy").load_file
 from tests.interop.peft_models import (  # noqa: E402 - needs the three above
     MODELS,
+    QUICK,
     Model,
     base,
     distance,
@@ -89,6 +90,27 @@ IMPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "scanned-saved": (
         "llama-scanned",
         {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp.up_proj"]},
+    ),
+    "fused": ("llama-fused", {"target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"]}),
+    "fused-patterns": (
+        "llama-fused",
+        {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj"],
+            "rank_pattern": {"k_proj": 1},
+            "alpha_pattern": {"v_proj": 2},
+        },
+    ),
+    "fused-dora": (
+        "llama-fused",
+        {"target_modules": ["q_proj", "k_proj", "gate_proj"], "use_dora": True},
+    ),
+    "fused-saved": (
+        "llama-fused",
+        {"target_modules": ["o_proj"], "modules_to_save": ["k_proj", "up_proj"]},
+    ),
+    "fused-lokr": (
+        "llama-fused",
+        {"peft_type": "LOKR", "r": 1, "target_modules": ["q_proj", "gate_proj", "up_proj"]},
     ),
     "qwen2": ("qwen2", {"target_modules": ["q_proj", "k_proj", "gate_proj"]}),
     "qwen2-excluded": (
@@ -233,17 +255,18 @@ def test_an_adapter_of_peft_is_the_same_function_here(case: str, tmp_path: Path)
 
 def _random_adapter(model: Model, params: Any, config: jl.LoraConfig) -> jl.Adapter:
     plan = jl.plan(model.forward, params, jnp.asarray(model.inputs), config=config)
-    adapter = jl.init(jax.random.key(0), params, plan)
-    leaves, treedef = jax.tree.flatten_with_path(adapter)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
+    start = jax.jit(lambda params: jl.init(jax.random.key(0), params, plan), compiler_options=QUICK)
+    leaves, treedef = jax.tree.flatten_with_path(start(params))
+    rng = np.random.default_rng(1)
     moved = []
-    for key, (path, x) in zip(keys, leaves, strict=True):
+    for path, x in leaves:
         name = jax.tree_util.keystr(path[-1:], simple=True)
+        y = np.asarray(x)
         if name in ("b", "b2", "g", "d"):
-            x = 0.3 * jax.random.normal(key, x.shape, x.dtype)
+            y = 0.2 * rng.standard_normal(x.shape)
         elif name in ("magnitude", "value"):
-            x = x * (1 + 0.2 * jax.random.uniform(key, x.shape, x.dtype))
-        moved.append(x)
+            y = y * (1 + 0.2 * rng.random(x.shape))
+        moved.append(jnp.asarray(y, x.dtype))
     return jax.tree.unflatten(treedef, moved)
 
 
@@ -300,6 +323,46 @@ EXPORTS: dict[str, tuple[str, jl.LoraConfig, dict[str, Any]]] = {
                 R("**/q/kernel", variant="dora"),
                 R("**/down/kernel", init="olora"),
                 R("layers/after", variant="full"),
+            ),
+        ),
+        {"flat": False},
+    ),
+    "fused": (
+        "llama-fused",
+        jl.LoraConfig(
+            rank=2, targets=("**/qkv/*", R("**/gating", rank=1), R("**/down/*", variant="full"))
+        ),
+        {},
+    ),
+    "fused-dora": (
+        "llama-fused",
+        jl.LoraConfig(rank=2, targets=("**/qkv/*", "**/gating"), variant="dora"),
+        {"flat": False},
+    ),
+    "fused-full": (
+        "llama-fused",
+        jl.LoraConfig(rank=2, targets=(R("layers/1/qkv/*", variant="full"), "**/o/*")),
+        {},
+    ),
+    "tied-rows": (
+        "llama-tied",
+        jl.LoraConfig(rank=2, targets=(R("**embed**", rows=(1, 18)), "**q_proj**")),
+        {},
+    ),
+    "biases": (
+        "qwen2",
+        jl.LoraConfig(
+            rank=2, targets=(R("**q_proj.bias", variant="full"), "**q_proj.weight", "**o_proj**")
+        ),
+        {},
+    ),
+    "biases-everywhere": (
+        "bert",
+        jl.LoraConfig(
+            rank=2,
+            targets=(
+                R("bert.encoder**.bias", variant="full"),
+                "**.query.weight",
             ),
         ),
         {"flat": False},
