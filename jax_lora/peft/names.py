@@ -124,9 +124,7 @@ class Name:
             ]
         if (self.kind == "conv") != bool(spatial):
             what = "a convolution" if spatial else "no convolution"
-            return [
-                f"expected axes={axes!r}, those of {what}, with another kind than {self.kind!r}"
-            ]
+            return [f"expected kind={self.kind!r} with other axes than {axes!r}, those of {what}"]
         return []
 
     @property
@@ -189,7 +187,7 @@ class Name:
         check_fields(cls, data)
         if lost := {"path", "name"} - set(data):
             raise ConfigError(
-                f"expected a rule to have {', '.join(sorted(lost))}, got {dict(data)}"
+                f"expected a rule with {' and '.join(sorted(lost))}, got {dict(data)}"
             )
         return cls(**data)
 
@@ -218,22 +216,17 @@ def flax_names(*, numbered: Iterable[str] = (), stacked: Iterable[str] = ()) -> 
         'model.layers.3.q.weight'
     """
     starts = [("{at**}/", "{at}."), ("", "")]
-    modules = [(f"{at}{x}_{{n}}/", f"{to}{x}.{{n}}.") for x in numbered for at, to in starts]
-    modules += [(f"{at}{x}/", f"{to}{x}.{{n}}.") for x in stacked for at, to in starts]
-    modules.append(("", ""))
-    leaves: list[tuple[str, str, Kind | None]] = [
-        ("{module**}/kernel", "{module}.weight", None),
-        ("{module**}/embedding", "{module}.weight", "embedding"),
-        ("{module**}/scale", "{module}.weight", None),
-        ("{parameter**}", "{parameter}", None),
-    ]
-    variables = ("/value", "")
-    return tuple(
-        Name(f"{top}{path}{leaf}{end}", f"{name}{to}", kind)
-        for top, (path, name), end, (leaf, to, kind) in itertools.product(
-            ("params/", ""), modules, variables, leaves
-        )
-    )
+    lists = [(f"{at}{x}_{{n}}/", f"{to}{x}.{{n}}.") for x in numbered for at, to in starts]
+    lists += [(f"{at}{x}/", f"{to}{x}.{{n}}.") for x in stacked for at, to in starts]
+    leaves: dict[str, Kind | None] = {"kernel": None, "embedding": "embedding", "scale": None}
+    rules = []
+    for top, end in itertools.product(("params/", ""), ("/value", "")):
+        for at, to in (*lists, ("", "")):
+            for leaf, kind in leaves.items():
+                module = Name(f"{top}{at}{{m**}}/{leaf}{end}", f"{to}{{m}}.weight", kind)
+                rules += [module, Name(f"{top}{at}{leaf}{end}", f"{to}weight", kind)]
+            rules.append(Name(f"{top}{at}{{m**}}{end}", f"{to}{{m}}"))
+    return tuple(rules)
 
 
 #: The names of trees that keep torch's structure; see `flax_names`.

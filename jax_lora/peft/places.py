@@ -130,6 +130,8 @@ class Place:
 
         With ``tied``, torch's factors reach the table and the head, as ours do.
         """
+        if not self.module:
+            return f"expected the weight of a module, which {self.name!r} does not name"
         if self.layout is None:
             return f"the roles of its axes are not known; {ROLES}"
         if len(self.used_as) > 1 and not (tied and self.is_tied):

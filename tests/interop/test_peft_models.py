@@ -207,7 +207,10 @@ IMPORTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"peft_type": "LOKR", "r": 2, "target_modules": ["q_proj"], "decompose_factor": 2},
     ),
-    "cnn-lokr": ("cnn", {"peft_type": "LOKR", "r": 1, "target_modules": ["conv1", "conv2", "head"]}),
+    "cnn-lokr": (
+        "cnn",
+        {"peft_type": "LOKR", "r": 1, "target_modules": ["conv1", "conv2", "head"]},
+    ),
     "cnn-lokr-tucker": (
         "cnn",
         {

@@ -78,7 +78,7 @@ def test_all_that_does_not_fit_is_one_error(world: World, tmp_path: Path) -> Non
         "lora_head.dora_scale: expected a key of LoRA",
         "lora_head.diff: expected a key of LoRA",
         "lora_layers_2_fc.alpha: no module is called 'lora_layers_2_fc'",
-        "conv: expected lora_down and lora_up, found alpha, lora_down.weight",
+        "conv: expected lora_down and lora_up, or the tensors of LoHa or LoKr, found alpha, lora_",
         "layers.1.fc.weight: expected B of shape (4, 3), found (4, 2)",
     ):
         assert any(part in line for line in lines), (part, lines)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_lora as jl
-from jax_lora.errors import AdapterError, CheckpointError, ConfigError, JaxLoraError
+from jax_lora.errors import AdapterError, CheckpointError, JaxLoraError
 from jax_lora.peft.config import PeftConfig, pattern_problem
 from tests.peft.small import NAMES, P, World, write
 
@@ -176,7 +176,10 @@ def test_all_that_does_not_fit_is_one_error(world: World, tensors: Tensors, tmp_
         ({"bias": "all"}, r"head\.bias: is in bias='all', and the file has no such key"),
         ({"bias": "lora_only"}, r"layers\.1\.fc\.bias: is in bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias: is set to True, which is not implemented"),
-        ({"trainable_token_indices": {"embed": [1]}}, "embed: has trained tokens, and the file has"),
+        (
+            {"trainable_token_indices": {"embed": [1]}},
+            "embed: has trained tokens, and the file has",
+        ),
         ({"trainable_token_indices": [1, 1]}, "expected different rows, or such by the name"),
         ({"trainable_token_indices": {"embed": [-1]}}, "expected different rows, or such by the"),
         ({"target_parameters": ["x"]}, "target_parameters: is set"),
@@ -185,7 +188,10 @@ def test_all_that_does_not_fit_is_one_error(world: World, tensors: Tensors, tmp_
         ({"ensure_weight_tying": 1}, "ensure_weight_tying: expected true or false, found 1"),
         ({"alpha": 3}, "alpha: is set to 3, which is not implemented"),
         ({"peft_type": "LOHA"}, "lora_alpha: is set to 3, which is not implemented"),
-        ({"peft_type": "LOHA", "alpha": 3, "lora_alpha": None, "bias": None}, "no parameter is called"),
+        (
+            {"peft_type": "LOHA", "alpha": 3, "lora_alpha": None, "bias": None},
+            "no parameter is called",
+        ),
         ({"use_qalora": True}, "use_qalora: is set"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: is set"),
         ({"a_field_of_2031": 1}, "a_field_of_2031: is set to 1, which is not implemented"),
@@ -294,62 +300,6 @@ def test_a_table_that_is_also_the_head_is_refused(tmp_path: Path) -> None:
     layout = jl.Layout((5, 3), (0,), (1,))
     with pytest.raises(CheckpointError, match="is an embedding in the file, and of kind 'linear'"):
         jl.peft.load(folder, params, names, {"table": layout})
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ([("x/{y}", "z.weight")], "different parameters would get one name"),
-        ([("{a}/{a}", "{a}.weight")], "expected each field once"),
-        ([("{", "z")], "expected path to be text with {fields}"),
-        ([("nothing", "z.weight")], "no rule matches any; the paths are such as conv/kernel"),
-        ([("layers/w", "fc.weight")], "expected a field of 'fc.weight' for each stack-axis"),
-        ([("head/kernel", "{k}.weight")], "expected a field of '{k}.weight' for each stack-axis"),
-        ([("head/kernel", "x.weight"), ("table", "x.weight")], "and so is"),
-    ],
-)
-def test_rules_that_cannot_be(world: World, rules: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        jl.peft.load(write(tmp_path, TARGETS, {}), world.params, rules, world.uses)
-    assert message in str(caught.value)
-
-
-def test_rules_say_how_a_convolution_lies() -> None:
-    """Axes in an order that cannot be guessed: ``[h, out, in, w]``."""
-    layout = jl.Layout((2, 5, 3, 4), in_axes=(0, 2, 3), out_axes=(1,))
-    params = {"w": jnp.zeros(layout.shape)}
-    rule = jl.peft.Name("w", "conv.weight", kind="conv", axes="hoiw")
-    place = jl.peft.places.places_of(params, [rule], {"w": layout})["conv.weight"]
-    weight = np.arange(5 * 3 * 2 * 4).reshape(5, 3, 2, 4)
-    assert place.torch_shape == weight.shape
-    ours = np.zeros(layout.shape, weight.dtype)
-    place.write(ours, weight)
-    np.testing.assert_array_equal(ours, weight.transpose(2, 0, 1, 3))
-    np.testing.assert_array_equal(place.read(ours), weight)
-    guess = jl.peft.Name("w", "conv.weight", kind="conv")
-    with pytest.raises(ConfigError, match="say axes= in its rule"):
-        jl.peft.places.places_of(params, [guess], {"w": layout})
-    wrong = jl.peft.Name("w", "conv.weight", kind="conv", axes="ohiw")
-    with pytest.raises(ConfigError, match="expected axes='ohiw' to fit the roles of its axes"):
-        jl.peft.places.places_of(params, [wrong], {"w": layout})
-
-
-def test_flax_names() -> None:
-    params = {
-        "params": {
-            "model": {"layers": {"0": {"q": {"kernel": np.zeros((2, 3)), "bias": np.zeros(3)}}}},
-            "ln": {"scale": np.zeros(2), "bias": np.zeros(2)},
-            "embed": {"embedding": np.zeros((4, 2))},
-        }
-    }
-    places = jl.peft.places.places_of(params, jl.peft.FLAX, {})
-    assert {name: place.path for name, place in places.items()} == {
-        "model.layers.0.q.weight": "params/model/layers/0/q/kernel",
-        "model.layers.0.q.bias": "params/model/layers/0/q/bias",
-        "ln.weight": "params/ln/scale",
-        "ln.bias": "params/ln/bias",
-        "embed.weight": "params/embed/embedding",
-    }
 
 
 @pytest.mark.parametrize(
