@@ -96,12 +96,12 @@ class Name:
             found = [name for name, _ in _FIELD.findall(getattr(self, field))]
             if len(set(found)) < len(found):
                 problems.append(f"expected each field once in {getattr(self, field)!r}")
-        if lost := set(self._bound) - set(self._named):
+        if lost := set(self.bound) - set(self._named):
             problems.append(
                 f"expected the name to have the fields of the path, {self.name!r} lacks "
                 f"{', '.join(sorted(lost))}: different parameters would get one name"
             )
-        if odd := [x for x in self.parts if x in self._bound or x not in self._named]:
+        if odd := [x for x in self.parts if x in self.bound or x not in self._named]:
             problems.append(
                 f"expected parts of fields that the name has and the path does not, got {odd}"
             )
@@ -128,7 +128,8 @@ class Name:
         return []
 
     @property
-    def _bound(self) -> tuple[str, ...]:
+    def bound(self) -> tuple[str, ...]:
+        """The fields of the path."""
         return tuple(name for name, _ in _FIELD.findall(self.path))
 
     @property
@@ -139,7 +140,7 @@ class Name:
     def counted(self) -> tuple[str, ...]:
         """The fields that count along the stack-axes."""
         split = {field for field, _ in self.outputs}
-        return tuple(x for x in self._named if x not in self._bound and x not in split)
+        return tuple(x for x in self._named if x not in self.bound and x not in split)
 
     @property
     def outputs(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
@@ -190,6 +191,39 @@ class Name:
                 f"expected a rule with {' and '.join(sorted(lost))}, got {dict(data)}"
             )
         return cls(**data)
+
+
+class Rules:
+    """Rules by the paths that they decide about: the first that matches one.
+
+    A rule for a single path is found without asking the others, of which there may be thousands.
+    """
+
+    def __init__(self, rules: Iterable[Name | tuple[str, str]]):
+        self._rules = [rule if isinstance(rule, Name) else Name(*rule) for rule in rules]
+        self._single: dict[str, int] = {}
+        self._others: list[int] = []
+        for k, rule in enumerate(self._rules):
+            if rule.bound:
+                self._others.append(k)
+            else:
+                self._single.setdefault(rule.path, k)
+
+    def of(self, path: str) -> tuple[Name, dict[str, str]] | None:
+        """The rule that decides about a path, and its fields' values; None if there is none."""
+        single = self._single.get(path, len(self._rules))
+        for k in self._others:
+            if k > single:
+                break
+            values = self._rules[k].match(path)
+            if values is not None:
+                return self._rules[k], values
+        return (self._rules[single], {}) if single < len(self._rules) else None
+
+    def used_for(self, paths: Iterable[str]) -> list[Name]:
+        """The rules that decide about some paths, in their order."""
+        used = {id(found[0]) for path in paths if (found := self.of(path))}
+        return [rule for rule in self._rules if id(rule) in used]
 
 
 def flax_names(*, numbered: Iterable[str] = (), stacked: Iterable[str] = ()) -> tuple[Name, ...]:

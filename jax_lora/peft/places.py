@@ -17,7 +17,7 @@ import numpy as np
 from jax_lora.adapter import Layout, leaves_by_path
 from jax_lora.discover import MATRIX_USES, Use
 from jax_lora.errors import ConfigError
-from jax_lora.peft.names import Kind, Name
+from jax_lora.peft.names import Kind, Name, Rules
 
 _KIND_OF_USE: dict[str, Kind] = {
     "linear": "linear",
@@ -278,14 +278,14 @@ def places_of(
     Raises:
         ConfigError: Rules that do not fit the parameters, or give two of them one name.
     """
-    rules = [rule if isinstance(rule, Name) else Name(*rule) for rule in names]
+    rules = Rules(names)
     places: dict[str, Place] = {}
     problems: list[str] = []
     for path, leaf in leaves_by_path(params).items():
-        matches = ((rule, rule.match(path)) for rule in rules)
-        rule, values = next(((r, v) for r, v in matches if v is not None), (None, None))
-        if rule is None or values is None:
+        decided = rules.of(path)
+        if decided is None:
             continue
+        rule, values = decided
         shape = tuple(np.shape(leaf)) if not hasattr(leaf, "shape") else tuple(leaf.shape)
         found = _places_of_one(path, shape, rule, values, (layouts or {}).get(path))
         if isinstance(found, str):
