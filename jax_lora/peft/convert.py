@@ -196,6 +196,13 @@ def _report(adapter: Adapter, base: Base, out: Path) -> None:
         if place.path in adapter
     }
     print(format_table(("torch", "here", "trained", "scale"), _table(rows), right=(3,)))
+    for name in rows:
+        place = places[name]
+        if place.kind == "embedding" and not adapter[place.path].WHOLE:
+            print(
+                f"note: {name} is adapted where its rows are looked up; a function that has it as "
+                "its head, too, would adapt both"
+            )
     trained = count(adapter.trainable_params)
     print(f"{count(len(rows))} parameters of torch, {trained} trained numbers: {out}")
 

@@ -28,9 +28,15 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-#: Bytes of one element of what a file may hold besides.
-_OTHER = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+#: And what a file may hold besides.
+DTYPES = FLOATS | {
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    **{f"I{8 * size}": np.dtype(f"int{8 * size}") for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)},
+    "BOOL": np.dtype(bool),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: A hundred thousand tensors; what Python makes of JSON takes up to 25 times the text.
 _MAX_HEADER = 16 * 2**20
 _MAX_JSON = 4 * 2**20
@@ -115,13 +121,9 @@ class TensorFile:
         """One tensor, in the dtype it was written in.
 
         Raises:
-            CheckpointError: It cannot be read, or is not of a floating-point dtype.
+            CheckpointError: It cannot be read.
         """
         stored = self.tensors[name]
-        if stored.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{self.path}: {name}: expected one of {', '.join(FLOATS)}, found {stored.dtype}"
-            )
         try:
             with self.path.open("rb") as file:
                 file.seek(stored.begin)
@@ -130,7 +132,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
         if len(data) != stored.end - stored.begin:
             raise CheckpointError(f"{self.path}: {name}: the file ends within it; {_DAMAGED}")
-        return np.frombuffer(data, FLOATS[stored.dtype]).reshape(stored.shape)
+        return np.frombuffer(data, DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 class StoredArray:
@@ -144,11 +146,7 @@ class StoredArray:
     def __init__(self, file: TensorFile, name: str):
         self._file, self._name = file, name
         stored = file.tensors[name]
-        if stored.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{file.path}: {name}: expected one of {', '.join(FLOATS)}, found {stored.dtype}"
-            )
-        self.shape, self.dtype = stored.shape, FLOATS[stored.dtype]
+        self.shape, self.dtype = stored.shape, DTYPES[stored.dtype]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """For numpy: the values."""
@@ -234,12 +232,11 @@ def _stored(entry: Any, start: int) -> Stored | str:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "expected dtype, shape and data_offsets"
     dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or (dtype not in FLOATS and dtype not in _OTHER):
-        return f"expected a dtype among {', '.join([*FLOATS, *_OTHER])}, found {dtype!r}"
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"expected a dtype among {', '.join(DTYPES)}, found {dtype!r:.60}"
     if not _sizes(shape) or not _sizes(places) or len(places) != 2:
         return "expected shape and data_offsets to be non-negative integers"
-    itemsize = _OTHER[dtype] if dtype in _OTHER else FLOATS[dtype].itemsize
-    needed = math.prod(shape) * itemsize
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
     if places[1] - places[0] != needed:
         return (
             f"a tensor of {dtype} and shape {shape} takes {needed:,} bytes, data_offsets leave it "

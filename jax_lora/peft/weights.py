@@ -18,7 +18,7 @@ from jax_lora.peft.files import listed, new_folder, write_json
 from jax_lora.peft.names import Name
 from jax_lora.peft.parts import has_values
 from jax_lora.peft.places import Place, places_of
-from jax_lora.peft.tensors import FLOATS, StoredArray, TensorFile, read_json, write_tensors
+from jax_lora.peft.tensors import DTYPES, StoredArray, TensorFile, read_json, write_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -135,8 +135,8 @@ def _problems(
             problems.append(f"{path}: expected an array, got its shape")
             continue
         dtype = np.dtype(leaves[path].dtype)
-        if dtype not in FLOATS.values():
-            problems.append(f"{path}: expected a floating-point dtype, got {dtype}")
+        if dtype not in DTYPES.values():
+            problems.append(f"{path}: expected a dtype that safetensors has, got {dtype}")
         elif dtype == np.float64 and path in adapter and not jax.config.read("jax_enable_x64"):
             problems.append(f"{path}: is float64, which jax merges only with jax_enable_x64")
     return problems + [f"{x.path}: {y}" for x in places.values() if (y := x.problem_of_value())]

@@ -55,7 +55,7 @@ def convert(*arguments: Any) -> int:
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    "llama": ("llama", {"target_modules": ["q_proj"], "use_dora": True}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "wpe"], "fan_in_fan_out": True}),
     "bert": ("bert", {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "bias": "all"}),
     "vit": ("vit", {"target_modules": ["projection", "fc1"], "modules_to_save": ["classifier"]}),
