@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.lowrank import working_dtype
+from jax_lora.peft.parts import narrowed, scaled
 from jax_lora.peft.places import Place
 from jax_lora.variants import DoraFactors, LoraFactors, factor_matrices
 
@@ -35,6 +36,10 @@ class Factors:
         """The rank."""
         return int(self.a.shape[0])
 
+    def folded(self) -> Factors:
+        """The same update with scale 1."""
+        return dataclasses.replace(self, b=scaled(self.b, self.scale), scale=1.0)
+
     def padded(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """Both with zeros up to a rank."""
         more = rank - self.rank
@@ -42,10 +47,10 @@ class Factors:
         return a, np.pad(self.b, [(0, 0), (0, more), *[(0, 0)] * (self.b.ndim - 2)])
 
 
-def split(
-    path: str, entry: Any, w: Any, places: list[Place], *, dora: bool, keep_scale: bool
-) -> dict[str, Factors]:
+def split(path: str, entry: Any, w: Any, places: list[Place], *, dora: bool) -> dict[str, Factors]:
     """The factors of each module that one entry adapts, by the name of torch's parameter.
+
+    They have the entry's dtype, or float32 where that would round them.
 
     Args:
         path: Where the entry is.
@@ -53,20 +58,19 @@ def split(
         w: The parameter, where the update depends on it or its magnitudes are wanted.
         places: The modules.
         dora: Whether they are to be DoRA.
-        keep_scale: Whether ``b`` is to be without the scale.
     """
     dtype = np.dtype(jax.tree.leaves(entry.trained())[0].dtype)
     plain, scale, magnitude = entry, 1.0, None
     if isinstance(entry, LoraFactors):
         held = entry.without_anchor()
         plain = LoraFactors(held.a, held.b, held.scale, held.layout)
-        if keep_scale:
-            scale = float(entry.scale)
-            plain = dataclasses.replace(plain, scale=jnp.ones((), jnp.float32))
+    if plain.LINEAR:
+        scale = float(plain.scale)
+        plain = dataclasses.replace(plain, scale=jnp.ones((), jnp.float32))
     a, b = factor_matrices(path, plain, None if plain.LINEAR else w)
     if dora:
         magnitude = _magnitude(entry, w, a, b, scale)
-    a_np, b_np = (np.asarray(x).astype(dtype) for x in (a, b))
+    a_np, b_np = (narrowed(np.asarray(x), dtype) for x in (a, b))
     factors = {}
     for place in places:
         m = None

@@ -122,6 +122,20 @@ def one_dtype(values: Iterable[np.ndarray]) -> Any:
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
+def scaled(b: np.ndarray, scale: float) -> np.ndarray:
+    """``scale * b``, in float32 if a narrower dtype would round or overflow."""
+    wide = _wide(b.dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        return narrowed(b.astype(wide) * np.asarray(scale, wide), b.dtype)
+
+
+def narrowed(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """The numbers in a dtype, if it has them; else as they are."""
+    with np.errstate(over="ignore"):
+        narrow = x.astype(dtype)
+    return narrow if np.array_equal(narrow.astype(x.dtype), x) else x
+
+
 def _wide(dtype: Any) -> Any:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
@@ -176,8 +190,7 @@ def _scaled(part: Part) -> Part:
     arrays = dict(part.arrays)
     for name in ("b", "b0") if "b" in arrays else ("b1",):
         if name in arrays:
-            b = arrays[name]
-            arrays[name] = (b.astype(_wide(b.dtype)) * part.scale).astype(b.dtype)
+            arrays[name] = scaled(arrays[name], part.scale)
     return dataclasses.replace(part, arrays=arrays, scale=1.0)
 
 
@@ -230,6 +243,8 @@ def _stacked(parts: list[tuple[Place, Part]]) -> dict[str, Any]:
         whole = np.zeros((*layout.stack, *most), one_dtype(x for _, x in given))
         for place, x in given:
             whole[place.index][tuple(map(slice, x.shape))] = x
+        if not np.isfinite(whole.astype(_wide(whole.dtype))).all():
+            raise AdapterError(f"{name} with its scale is beyond the numbers of {whole.dtype}")
         joined[name] = jnp.asarray(whole.reshape(shapes[name]))
     return joined
 

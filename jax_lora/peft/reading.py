@@ -43,8 +43,9 @@ def load(
     Every key of the file has to belong to a parameter of ``params``, and every module that the
     configuration names has to have its keys: all that does not fit is one error. The factors keep
     their dtype. Where the layers of a stacked parameter have different ranks, the smaller are
-    padded with zeros; where they have different scales, these are taken into ``b``; a layer that
-    the file does not adapt has zeros, which do not move in training either. Modules that are
+    padded with zeros; where they have different scales, these are taken into ``b``, in float32 if
+    they would be rounded; a layer that the file does not adapt has zeros, which do not move in
+    training either. Modules that are
     trained whole (``modules_to_save``) and biases become values of variant ``full``, trained
     tokens rows of their table. LoHa is read as ``loha``, and LoKr as ``lokr`` where its matrices
     are split as they are here, else as the LoRA that it is.

@@ -42,7 +42,9 @@ def save(
     """Write an adapter that PEFT and what reads its files load.
 
     By default it is flat, which every reader gets right: all modules have the largest rank, padded
-    with zeros, the scale is in ``B``, and ``r = lora_alpha``. Other variants become LoRA where they
+    with zeros, and one scale: it is in ``B``, and ``r = lora_alpha``. The factors keep their dtype;
+    where the scale would be rounded in it, it is in ``lora_alpha`` if all modules have the same,
+    and else ``B`` is in float32. Other variants become LoRA where they
     are a product of factors; values trained whole become ``modules_to_save``, and what their
     modules have besides is taken from ``params``, but biases beside factors become PEFT's
     ``bias``; rows of a table that is the head, too, become trained tokens. If one entry is DoRA,
@@ -75,7 +77,7 @@ def save(
     export = _Export(places_of(params, names, layouts), leaves_by_path(params))
     dora = any(isinstance(entry, DoraFactors) for entry in adapter.values())
     for path, entry in adapter.items():
-        export.add(path, entry, dora=dora, keep_scale=not flat)
+        export.add(path, entry, dora=dora)
     export.complete()
     if export.problems:
         raise AdapterError(
@@ -131,7 +133,7 @@ class _Export:
     def _modules(self, names: Iterable[str]) -> set[str]:
         return {self.places[name].module for name in names}
 
-    def add(self, path: str, entry: Any, *, dora: bool, keep_scale: bool) -> None:
+    def add(self, path: str, entry: Any, *, dora: bool) -> None:
         """Take in an entry of the adapter."""
         mine = self._of.get(path, [])
         if not mine:
@@ -154,7 +156,7 @@ class _Export:
                 self.problems.append(f"{path}: expected the base parameter's values, got its shape")
                 return
             w = w if has_values(w) else None
-            self.factors |= split(path, entry, w, mine, dora=dora, keep_scale=keep_scale)
+            self.factors |= split(path, entry, w, mine, dora=dora)
 
     def complete(self) -> None:
         """Add what PEFT keeps beside what is trained: the rest of a module, or other biases."""
@@ -217,10 +219,21 @@ class _Export:
         """The configuration, and the tensors by key."""
         rank = max((x.rank for x in self.factors.values()), default=1)
         alpha: float = rank
+        if flat and self.factors:
+            folded = {name: x.folded() for name, x in self.factors.items()}
+            rounded = any(x.b.dtype != self.factors[name].b.dtype for name, x in folded.items())
+            scales = {x.scale for x in self.factors.values()}
+            if rounded and len(scales) == 1:
+                alpha = _alpha(scales.pop(), rank)
+            else:
+                self.factors = folded
         rank_pattern: dict[str, int] = {}
         alpha_pattern: dict[str, float] = {}
         if not flat and self.factors:
-            kept = {self.places[name].module: _setting(x) for name, x in self.factors.items()}
+            kept = {
+                self.places[name].module: (x.rank, _alpha(x.scale, x.rank))
+                for name, x in self.factors.items()
+            }
             (rank, alpha), _ = Counter(kept.values()).most_common(1)[0]
             for module in sorted(kept):
                 if kept[module] != (rank, alpha):
@@ -284,7 +297,7 @@ def _unfit(place: Place, entry: Any) -> str:
     return place.problem_of_factors() or ("" if place.sure else UNSURE)
 
 
-def _setting(x: Factors) -> tuple[int, float]:
-    """Rank and alpha; an integer if it is one to within the rounding of float32."""
-    alpha = x.scale * x.rank
-    return x.rank, round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-7) else alpha
+def _alpha(scale: float, rank: int) -> float:
+    """PEFT's alpha: an integer if it is one to within the rounding of float32."""
+    alpha = scale * rank
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-7) else alpha

@@ -98,6 +98,29 @@ def test_dtypes_are_kept(world: World, tensors: Tensors, tmp_path: Path, dtype: 
         np.testing.assert_array_equal(file.read(key), x)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_scales_of_layers_are_not_rounded(
+    world: World, tensors: Tensors, tmp_path: Path, dtype: Any
+) -> None:
+    """They go into ``b``, which is in float32 where its own dtype does not have the numbers."""
+    tensors = {key: x.astype(dtype) for key, x in tensors.items()}
+    for alpha, expected in ((4, dtype), (3.3, np.float32), (1e6, np.float32)):
+        patterns = {"alpha_pattern": {r"layers\.1\.fc": alpha, "fc": 2}}
+        folder = write(tmp_path / f"{alpha}", TARGETS | patterns, tensors)
+        entry = world.load(folder)["layers/w"]
+        assert (entry.a.dtype, entry.b.dtype) == (dtype, expected)
+        update = alpha / 2 * _product(tensors, "layers.1.fc")
+        found = _delta(jl.Adapter({"w": entry}), "w")[1]
+        np.testing.assert_allclose(found, update, rtol=1e-6, atol=1e-6 * np.abs(update).max())
+
+
+def test_a_scale_that_overflows(world: World, tensors: Tensors, tmp_path: Path) -> None:
+    tensors[f"{P}layers.1.fc.lora_B.weight"] *= np.float32(1e30)
+    patterns = {"alpha_pattern": {r"layers\.1\.fc": 1e12, "fc": 2}}
+    with pytest.raises(AdapterError, match="layers/w: b with its scale is beyond the numbers of"):
+        world.load(write(tmp_path, TARGETS | patterns, tensors))
+
+
 def test_values_trained_whole(world: World, tensors: Tensors, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     weight, bias = (rng.standard_normal(s).astype(np.float32) for s in ((3, 6), (3,)))

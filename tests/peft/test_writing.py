@@ -390,6 +390,29 @@ def test_bfloat16_factors_stay(world: World, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.b, 2 * adapter["head/kernel"].b)
 
 
+def test_a_scale_that_bfloat16_would_round(world: World, tmp_path: Path) -> None:
+    """One for all is in the configuration; of several, each is in a B of float32."""
+    one = world.adapter(targets=("head/kernel", "layers/w"), dtype="bfloat16", alpha=3)
+    world.save(tmp_path / "one", one)
+    config, tensors = _config(tmp_path / "one"), _file(tmp_path / "one")
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (2, 3, {})
+    assert {x.dtype for x in tensors.values()} == {np.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(tensors[f"{P}head.lora_B.weight"], one["head/kernel"].b.T)
+    two = world.adapter(
+        targets=(R("head/kernel", alpha=3), R("layers/w", alpha=4)), dtype="bfloat16"
+    )
+    world.save(tmp_path / "two", two)
+    tensors = _file(tmp_path / "two")
+    assert _config(tmp_path / "two")["lora_alpha"] == 2
+    dtypes = {key: str(tensors[f"{P}{key}.weight"].dtype) for key in ("head.lora_A", "head.lora_B")}
+    assert dtypes == {"head.lora_A": "bfloat16", "head.lora_B": "float32"}
+    assert tensors[f"{P}layers.0.fc.lora_B.weight"].dtype == jnp.bfloat16  # twice is exact
+    for name, adapter in (("one", one), ("two", two)):
+        found, expected = jl.delta(world.load(tmp_path / name)), jl.delta(adapter)
+        for path, update in expected.items():
+            np.testing.assert_allclose(found[path], update, rtol=1e-6, atol=1e-6)
+
+
 def test_shapes_are_enough_for_factors(world: World, tmp_path: Path) -> None:
     shapes = jax.eval_shape(lambda: world.params)
     adapter = world.adapter(targets=("head/kernel",))
