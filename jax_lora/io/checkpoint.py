@@ -222,7 +222,8 @@ def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:
     if odd or not jax.tree.leaves(arrays):
         what = f"found other leaves at {', '.join(odd)}" if odd else "found none"
         raise CheckpointError(f"{folder}: expected a tree of arrays that are not empty, {what}")
-    document = {"version": _VERSION, "arrays": _describe(arrays)} | document
+    described = {"arrays": _describe(arrays), "structure": _structure(arrays)}
+    document = {"version": _VERSION} | described | document
     checked = document | {"crc32": _checksum(document)}
     items = ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays), config=ocp.args.JsonSave(checked)
@@ -320,6 +321,12 @@ def _load(folder: str | Path, expected: str) -> tuple[Any, dict[str, Any]]:
             f"{folder}: damaged, the values read differ from those written: {', '.join(odd)}; "
             "restore the checkpoint from a copy"
         )
+    # Paths do not tell lists from dicts, nor what is empty. Older checkpoints do not say it.
+    if (document.get("structure") or _structure(arrays)) != _structure(arrays):
+        raise CheckpointError(
+            f"{folder}: damaged, the tree read has other containers than the one written; restore "
+            "the checkpoint from a copy"
+        )
     return jax.tree.map(jnp.asarray, arrays), document
 
 
@@ -398,6 +405,21 @@ def _describe(arrays: Any) -> dict[str, Any]:
         return {"shape": list(np.shape(leaf)), "dtype": str(array.dtype), "crc32": crc32}
 
     return {path: describe(leaf) for path, leaf in leaves_by_path(arrays).items()}
+
+
+def _structure(tree: Any) -> Any:
+    """Dicts and lists as they are, and None for each array; ``""`` for a tree of anything else.
+
+    Other containers come back as dicts or lists, so that nothing can be said about them.
+    """
+    inner: list[Any]
+    if type(tree) is dict:
+        inner = [_structure(x) for x in tree.values()]
+        return "" if "" in inner else dict(zip(map(str, tree), inner, strict=True))
+    if type(tree) in (list, tuple):
+        inner = [_structure(x) for x in tree]
+        return "" if "" in inner else inner
+    return None if jax.tree_util.all_leaves([tree]) else ""
 
 
 def _guarded(folder: str | Path, item: str, restore: Any) -> Any:

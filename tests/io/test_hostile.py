@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import shutil
@@ -163,3 +164,26 @@ def test_a_layout_that_the_arrays_do_not_have(saved: Path, tmp_path: Path) -> No
     jl.io.load_adapter(folder)
     edit(folder, change)
     refused(jl.io.load_adapter, folder, "a: expected a, b of shapes ((2, 1), (1, 4))")
+
+
+def test_containers_that_no_array_tells_of(tmp_path: Path) -> None:
+    """What is empty, and whether numbers are places in a list: paths are the same."""
+    w = np.ones(2, np.float32)
+    jl.io.save_params(tmp_path / "params", {"empty": {}, "list": [w, w]})
+    file = tmp_path / "params" / "arrays" / "_METADATA"
+    good = file.read_text()
+    # Other containers come back as these.
+    pair = collections.namedtuple("pair", "x y")(w, {"z": w})
+    jl.io.save_params(tmp_path / "other", {"pair": pair, "empty": {}})
+    assert jl.io.load_params(tmp_path / "other")[0]["empty"] == {}
+    found, _ = jl.io.load_params(tmp_path / "params")
+    assert found["empty"] == {}
+    assert isinstance(found["list"], list)
+    tree = json.loads(good)
+    for name, entry in tree["tree_metadata"].items():
+        if "list" in name:
+            entry["key_metadata"][1]["key_type"] = 2  # a key of a dict
+    for changed in (good.replace("empty", "ampty"), json.dumps(tree)):
+        file.write_text(changed)
+        with pytest.raises(jl.CheckpointError):
+            jl.io.load_params(tmp_path / "params")
