@@ -346,30 +346,32 @@ def _as_it_was_written(folder: str | Path) -> Iterator[None]:
 
 def _check_files(folder: str | Path, path: Path) -> None:
     """Refuse what would be read for ever, and what orbax would read outside of the folder."""
-    problems = []
     try:
-        for file in path.rglob("*"):
-            status = file.stat()  # of what a link is to, as a cache of downloads has them
-            plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-            text = file.name in _TEXTS or file.parent.name == "array_metadatas"
-            if not plain:
-                problems.append(f"expected {file.relative_to(path)} to be a file or a folder")
-            elif text and status.st_size > _MAX_TEXT:
-                problems.append(f"expected at most {_MAX_TEXT:,} bytes in {file.relative_to(path)}")
-        tree = json.loads((path / "arrays" / "_METADATA").read_bytes())
+        problem = _problem_of_files(path)
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"a file is missing, truncated or damaged ({error})")
-    else:
-        # Without its database, orbax takes the arrays' names for paths, also for absolute ones.
-        if not isinstance(tree, dict) or tree.get("use_ocdbt", True) is not True:
-            problems.append("expected arrays in a database of OCDBT, found other files")
-    if not problems and not (path / "arrays" / "manifest.ocdbt").is_file():
-        problems.append("expected arrays/manifest.ocdbt, found none")
-    if problems:
+        problem = f"a file is missing, truncated or damaged ({error})"
+    if problem:
         raise CheckpointError(
-            f"{folder}: damaged or not from this library: {'; '.join(problems[:9])}; restore the "
-            "checkpoint from a copy"
+            f"{folder}: damaged or not from this library: {problem}; restore the checkpoint from "
+            "a copy"
         )
+
+
+def _problem_of_files(path: Path) -> str:
+    for file in path.rglob("*"):
+        status = file.stat()  # of what a link is to, as a cache of downloads has them
+        text = file.name in _TEXTS or file.parent.name == "array_metadatas"
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return f"expected {file.relative_to(path)} to be a file or a folder"
+        if text and status.st_size > _MAX_TEXT:
+            return f"expected at most {_MAX_TEXT:,} bytes in {file.relative_to(path)}"
+    tree = json.loads((path / "arrays" / "_METADATA").read_bytes())
+    # Without its database, orbax takes the arrays' names for paths, also for absolute ones.
+    if not isinstance(tree, dict) or tree.get("use_ocdbt", True) is not True:
+        return "expected arrays in a database of OCDBT, found other files"
+    if not (path / "arrays" / "manifest.ocdbt").is_file():
+        return "expected arrays/manifest.ocdbt, found none"
+    return ""
 
 
 def _check_sizes(folder: str | Path, path: Path, tree: Any, written: Mapping[str, Any]) -> None:

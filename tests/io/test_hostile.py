@@ -86,14 +86,17 @@ def test_what_is_no_file(saved: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "arrays" / "d" / "pipe")
     refused(jl.io.load_params, folder, "expected arrays/d/pipe to be a file or a folder")
     (folder / "arrays" / "d" / "pipe").unlink()
-    file = folder / "_CHECKPOINT_METADATA"
-    content = file.read_bytes()
-    file.unlink()
-    for target in ("/dev/zero", "nowhere", file.name):
-        file.symlink_to(target)
-        with pytest.raises(jl.CheckpointError, match="damaged or not from this library"):
-            jl.io.load_params(folder)
+    for name in ("arrays/_METADATA", "_CHECKPOINT_METADATA"):
+        file = folder / name
+        content = file.read_bytes()
         file.unlink()
+        for target in ("/dev/zero", "nowhere", file.name):
+            file.symlink_to(target)
+            with pytest.raises(jl.CheckpointError, match="damaged or not from this library"):
+                jl.io.load_params(folder)
+            file.unlink()
+        if name != "_CHECKPOINT_METADATA":
+            file.write_bytes(content)
     # The control: a link to a file is how a cache keeps downloads.
     (tmp_path / "blob").write_bytes(content)
     file.symlink_to(tmp_path / "blob")
