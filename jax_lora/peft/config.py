@@ -49,7 +49,7 @@ _IDLE_PRODUCTS = frozenset(
 _PLAIN_STARTS = ("default", "gaussian", "eva", "orthogonal", "mica")
 #: Ways of starting that subtract the factors at the start from the base.
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
-_MAX_LETTERS = 400_000
+_MAX_LETTERS = 200_000
 _BIASES = ("none", "all", "lora_only")
 #: Of which names PEFT takes a module for one that can be tied.
 _TIED = frozenset({"embed_tokens", "lm_head"})
@@ -153,20 +153,25 @@ class PeftConfig:
     def _expressions(self) -> Expressions:
         return Expressions()
 
-    def _of_pattern(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-        """PEFT's rule: the first that matches the end of a name, from a dot or the beginning on."""
-        match = self._expressions.match
-        found = (x for key, x in patterns.items() if match(rf"(.*\.)?({key})$", module))
-        return next(found, default)
+    @functools.cached_property
+    def _ranks(self) -> tuple[list[str], list[Any]]:
+        return _by_ends(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> tuple[list[str], list[Any]]:
+        return _by_ends(self.alpha_pattern)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module."""
-        return self._of_pattern(self.rank_pattern, module, self.rank)
+        patterns, ranks = self._ranks
+        found = self._expressions.first(patterns, module)
+        return self.rank if found is None else ranks[found]
 
     def scale_of(self, module: str) -> float:
         """What multiplies a module's update."""
-        alpha = self._of_pattern(self.alpha_pattern, module, self.alpha)
-        rank = self.rank_of(module)
+        patterns, alphas = self._alphas
+        found = self._expressions.first(patterns, module)
+        alpha, rank = self.alpha if found is None else alphas[found], self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def is_saved(self, module: str) -> bool:
@@ -346,6 +351,11 @@ class _Fields:
                     f"{_shown(name)[1:-1]}: is set to {_shown(value)}, which is not implemented "
                     "here, and ignoring it would give another model"
                 )
+
+
+def _by_ends(patterns: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    """PEFT's rule: a key matches the end of a name, from a dot or from the beginning on."""
+    return [rf"(.*\.)?({key})$" for key in patterns], list(patterns.values())
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,14 @@ import numpy as np
 from jax_lora.adapter import Adapter, Entry, Layout, Settings, Variant, leaves_by_path
 from jax_lora.errors import AdapterError
 from jax_lora.peft.places import Place
-from jax_lora.variants import DoraFactors, FullValue, LohaFactors, LoraFactors, RowValues
+from jax_lora.variants import (
+    DoraFactors,
+    FullValue,
+    LohaFactors,
+    LoraFactors,
+    RowValues,
+    column_norms,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,8 @@ def build(where: str, params: Any, places: Mapping[str, Place], contents: Conten
             problems.append(f"{path}: {error}")
     if problems:
         raise AdapterError(f"{where}: cannot be joined:\n  " + "\n  ".join(problems))
-    return Adapter(entries)
+    # All at once: a transfer of each takes longer than reading it.
+    return jax.device_put(Adapter(entries))
 
 
 def has_values(leaf: Any) -> bool:
@@ -157,22 +165,17 @@ def _updated(layers: list[tuple[Place, Part]], w: Any) -> Entry:
     if split:
         parts = _side_by_side(parts)
     arrays = _stacked(parts)
-    arrays["scale"] = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
+    arrays["scale"] = np.asarray(1.0 if scale is None else scale, np.float32)
     if not dora:
         variant: Any = parts[0][1].variant
         return variant(**arrays, layout=layout)
-    settings = Settings(layout.shape, layout, 1, init="kaiming", dtype="float32")
-    fresh = DoraFactors.create(jax.random.key(0), jnp.asarray(w), settings)
-    magnitude = np.array(fresh.magnitude).reshape(*layout.stack, layout.fan_out)
+    norms = column_norms(jnp.asarray(w), layout)
+    magnitude = np.array(norms).reshape(*layout.stack, layout.fan_out)
     for place, x in layers:
         assert x.magnitude is not None
         magnitude[place.index][place.outs] = x.magnitude
-    return DoraFactors(
-        **arrays,
-        layout=layout,
-        magnitude=jnp.asarray(magnitude.reshape(layout.column_shape)),
-        base_norm=fresh.base_norm,
-    )
+    arrays["magnitude"] = magnitude.reshape(layout.column_shape)
+    return DoraFactors(**arrays, layout=layout, base_norm=norms)
 
 
 def _form(part: Part, layout: Layout) -> type[Variant] | None:
@@ -245,7 +248,7 @@ def _stacked(parts: list[tuple[Place, Part]]) -> dict[str, Any]:
             whole[place.index][tuple(map(slice, x.shape))] = x
         if not np.isfinite(whole.astype(_wide(whole.dtype))).all():
             raise AdapterError(f"{name} with its scale is beyond the numbers of {whole.dtype}")
-        joined[name] = jnp.asarray(whole.reshape(shapes[name]))
+        joined[name] = whole.reshape(shapes[name])
     return joined
 
 
@@ -254,14 +257,14 @@ def _whole(given: list[tuple[Place, np.ndarray]], w: Any) -> Entry:
     place = given[0][0]
     dtype = one_dtype(value for _, value in given)
     told = sum(value.size for _, value in given)
-    whole = np.empty(place.shape, dtype)
+    whole: Any = np.empty(place.shape, dtype)
     if told < whole.size:
         if not has_values(w):
             raise AdapterError("the other layers or modules need the base parameter's values")
         whole[...] = np.asarray(w).astype(dtype)
     for part, value in given:
         part.write(whole, value)
-    return FullValue(jnp.asarray(whole), place.shape)
+    return FullValue(whole, place.shape)
 
 
 def _rows(given: list[tuple[Place, tuple[tuple[int, ...], np.ndarray]]], w: Any) -> Entry:
@@ -273,7 +276,8 @@ def _rows(given: list[tuple[Place, tuple[tuple[int, ...], np.ndarray]]], w: Any)
     if place.kind != "embedding":
         layout = dataclasses.replace(layout, in_axes=layout.out_axes, out_axes=layout.in_axes)
     shape = layout.b_shape(len(rows))
-    return RowValues(jnp.asarray(value.reshape(shape)), rows, layout)
+    moved: Any = value.reshape(shape)
+    return RowValues(moved, rows, layout)
 
 
 #: What each attribute of `Contents` is called.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Sequence
 
 from jax_lora.errors import CheckpointError
 
@@ -12,6 +13,7 @@ _LITERAL = re.compile(r"\^?(?:[\w.-]|\\\.)*")
 _MAX_LENGTH, _MAX_QUANTIFIERS = 2000, 5
 #: What a file's expressions may take in all; those of a large model take milliseconds.
 _MAX_SECONDS = 10.0
+_BLOCK = 64
 
 
 def is_literal(pattern: str) -> bool:
@@ -35,11 +37,12 @@ def pattern_problem(pattern: str) -> str:
     limit = _MAX_LENGTH if re.search(r"[*+?{]", pattern) else 100 * _MAX_LENGTH
     if len(pattern) > limit:
         return f"a regular expression of more than {limit:,} characters"
+    if re.search(r"\(\?[a-zA-Z]+\)", pattern):
+        return "no regular expression that can be part of another, as it sets flags"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of what another Python would read otherwise
-            for whole in (pattern, rf"(.*\.)?({pattern})$", rf"(?:^|.*?\.){pattern}\.(\d+)\."):
-                re.compile(whole)
+            re.compile(pattern)
     except (re.error, Warning, OverflowError, RecursionError) as error:
         return f"no regular expression ({error})"
     plain = re.sub(r"\\.", "x", pattern, flags=re.S)
@@ -79,16 +82,40 @@ class Expressions:
         Raises:
             CheckpointError: All matches together took too long.
         """
+        self._check()
+        start = time.perf_counter()
+        compiled = self._of(pattern)
+        found = compiled.fullmatch(name) if whole else compiled.match(name)
+        self._seconds += time.perf_counter() - start
+        return found
+
+    def first(self, patterns: Sequence[str], name: str) -> int | None:
+        """The place of the first that matches the start of a name; None if there is none.
+
+        Raises:
+            CheckpointError: All matches together took too long.
+        """
+        for begin in range(0, len(patterns), _BLOCK):
+            self._check()
+            start = time.perf_counter()
+            block = patterns[begin : begin + _BLOCK]
+            found = next((k for k, x in enumerate(block) if self._of(x).match(name)), None)
+            self._seconds += time.perf_counter() - start
+            if found is not None:
+                return begin + found
+        return None
+
+    def _of(self, pattern: str) -> re.Pattern[str]:
+        # Python keeps a few hundred itself, and a model may have more.
+        compiled = self._compiled.get(pattern)
+        if compiled is None:
+            compiled = self._compiled[pattern] = re.compile(pattern)
+        return compiled
+
+    def _check(self) -> None:
         if self._seconds > _MAX_SECONDS:
             raise CheckpointError(
                 f"the regular expressions of the configuration took more than {_MAX_SECONDS:.0f} "
                 "seconds; expected such as name modules, found such as make Python search for "
                 "ever: write the modules' names instead"
             )
-        start = time.perf_counter()
-        compiled = self._compiled.get(pattern)
-        if compiled is None:
-            compiled = self._compiled[pattern] = re.compile(pattern)
-        found = compiled.fullmatch(name) if whole else compiled.match(name)
-        self._seconds += time.perf_counter() - start
-        return found

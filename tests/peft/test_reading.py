@@ -12,7 +12,7 @@ import pytest
 
 import jax_lora as jl
 from jax_lora.errors import AdapterError, CheckpointError, JaxLoraError
-from jax_lora.peft.config import PeftConfig, pattern_problem
+from jax_lora.peft.config import PeftConfig
 from tests.peft.small import NAMES, P, World, write
 
 TARGETS = {"target_modules": ["head", "fc"]}
@@ -229,9 +229,9 @@ def test_all_that_does_not_fit_is_one_error(world: World, tensors: Tensors, tmp_
         ({"rank_pattern": {"(x|x)+y": 2}}, "rank_pattern: .* repeats a repetition"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern: expected a positive integer for 'fc'"),
         ({"rank_pattern": [1]}, "rank_pattern: expected an object"),
-        ({"rank_pattern": {"(?i)fc": 2}}, "rank_pattern: .* no regular expression"),
-        ({"modules_to_save": ["(?i)fc"]}, "modules_to_save: .* no regular expression"),
-        ({"layers_pattern": "(?i)h"}, "layers_pattern: .* no regular expression"),
+        ({"rank_pattern": {"(?i)fc": 2}}, "rank_pattern: .* as it sets flags"),
+        ({"modules_to_save": ["(?i)fc"]}, "modules_to_save: .* as it sets flags"),
+        ({"layers_pattern": "(?i)h"}, "layers_pattern: .* as it sets flags"),
         ({"modules_to_save": ["head"]}, "the configuration does not adapt 'head'"),
         ({"use_dora": True}, "expected keys for A, B, magnitude, found A, B"),
         ({"use_dora": "yes"}, "use_dora: expected true or false, found 'yes'"),
@@ -323,30 +323,6 @@ def test_a_table_that_is_also_the_head_is_refused(tmp_path: Path) -> None:
     layout = jl.Layout((5, 3), (0,), (1,))
     with pytest.raises(CheckpointError, match="is an embedding in the file, and of kind 'linear'"):
         jl.peft.load(folder, params, names, {"table": layout})
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r".*layers\.(0|1)\.self_attn\.(q|k|v)_proj",
-        r"^(?!.*vision).*(?:q_proj|k_proj)$",
-        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\."
-        r"[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))",
-        r"model\.layers\.\d+\.mlp\.(up|down)_proj",
-        "q_proj",
-        "(" + "|".join(rf"model\.layers\.{k}\.self_attn\.q_proj" for k in range(200)) + ")",
-    ],
-)
-def test_patterns_that_people_write_are_run(pattern: str) -> None:
-    assert pattern_problem(pattern) == ""
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [r"(a+)+$", r"(a|a)*$", r"((ab)*c?)+", r"(.*){9}x", r".*.*.*.*.*.*.*", "[", "a" * 9000 + "*"],
-)
-def test_patterns_that_can_take_for_ever_are_not(pattern: str) -> None:
-    assert pattern_problem(pattern)
 
 
 def test_targets_are_those_of_peft() -> None:

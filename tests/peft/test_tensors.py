@@ -80,6 +80,31 @@ def test_a_right_header_is_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(opened.read("x"), np.array([1.5, -2]).reshape(shape))
 
 
+def test_texts_are_small_before_they_are_read(tmp_path: Path) -> None:
+    """Python takes up to 25 times as much memory as the text of JSON has."""
+    file = tmp_path / "x.safetensors"
+    length = 16 * 2**20 + 1
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", length))
+        opened.truncate(length + 8)  # nothing is on the disk
+    with pytest.raises(CheckpointError, match="they say 16,777,217 bytes"):
+        TensorFile.open(file)
+    with (tmp_path / "x.json").open("wb") as opened:
+        opened.truncate(4 * 2**20 + 1)
+    with pytest.raises(CheckpointError, match="expected at most 4,194,304 bytes of JSON"):
+        jl.peft.tensors.read_json(tmp_path / "x.json")
+
+
+def test_an_error_of_a_million_lines_is_short(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(_raw({f"{k}": 1 for k in range(20_000)}))
+    with pytest.raises(CheckpointError) as caught:
+        TensorFile.open(file)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1002
+    assert lines[-1] == "  and 19,000 more"
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match="expected a safetensors file, found none"):
