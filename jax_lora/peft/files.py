@@ -72,6 +72,8 @@ def listed(problems: Sequence[str]) -> str:
 
 def _sync(folder: Path) -> None:
     """Have a folder's names on the disk, not its files alone."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # a system that does not open folders
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

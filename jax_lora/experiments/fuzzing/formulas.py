@@ -18,6 +18,10 @@ _DTYPES = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    **{f"{x}{8 * n}": f"{kind}{n}" for x, kind in (("I", "i"), ("U", "u")) for n in (1, 2, 4, 8)},
+    "BOOL": "?",
 }
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _PREFIX = "base_model.model."
@@ -48,7 +52,7 @@ def tensors_of(content: bytes) -> Tensors:
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            values = np.frombuffer(data[begin:end], _DTYPES[entry["dtype"]])
+            values = np.frombuffer(data[begin:end], np.dtype(_DTYPES[entry["dtype"]]))
             found[name] = values.reshape(entry["shape"])
     try:
         from safetensors import deserialize

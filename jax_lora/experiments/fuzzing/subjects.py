@@ -24,6 +24,7 @@ from jax_lora.experiments.fuzzing.formulas import (
     tensors_of,
 )
 from jax_lora.experiments.fuzzing.mutations import Files
+from jax_lora.peft.weights import open_weights
 
 Name = jl.peft.Name
 _P = "base_model.model."
@@ -89,8 +90,8 @@ def subjects() -> list[Subject]:
         _folder_of_peft(name, seeded[0], seeded[1])
         for name, seeded in ((n, (make(1), make(2))) for n, make in _PEFT.items())
     ]
-    found.append(_file_of_kohya())
-    return [*found, _checkpoint_of_adapter(), _checkpoint_of_params()]
+    more = (_file_of_kohya, _folder_of_weights, _checkpoint_of_adapter, _checkpoint_of_params)
+    return [*found, *(make() for make in more)]
 
 
 def _lora(seed: int, **dtypes: Any) -> tuple[dict[str, Any], Tensors]:
@@ -268,6 +269,40 @@ def _file_of_kohya() -> Subject:
         return jl.peft.load_kohya(folder / "x.safetensors", _BASE, _NAMES)
 
     return Subject("kohya", files(1), files(2), load, judge)
+
+
+def _folder_of_weights() -> Subject:
+    """Whole parameters in three files, with the index that says which has what."""
+    index_name = "model.safetensors.index.json"
+
+    def files(seed: int) -> Files:
+        draw = _Draw(seed)
+        found: Files = {}
+        index: dict[str, str] = {}
+        for k in range(3):
+            tensors = {f"layers.{k}.fc.weight": draw(4, 3), f"layers.{k}.fc.bias": draw(4)}
+            found[f"model-{k}.safetensors"] = tensor_bytes(tensors)
+            index |= dict.fromkeys(tensors, f"model-{k}.safetensors")
+        found[index_name] = json.dumps({"metadata": {}, "weight_map": index}).encode()
+        return found
+
+    def load(folder: Path) -> Any:
+        return {name: np.asarray(x) for name, x in open_weights(folder).items()}
+
+    def judge(loaded: Any, folder: Path) -> str:
+        index = json.loads((folder / index_name).read_text())["weight_map"]
+        if loaded.keys() != index.keys():
+            return "has other tensors than the index"
+        for name, file in index.items():
+            expected = tensors_of((folder / file).read_bytes())[name]
+            if loaded[name].dtype != expected.dtype or wrong(loaded[name], expected):
+                return f"{name}: has other numbers"
+        return ""
+
+    def wrong(x: np.ndarray, y: np.ndarray) -> bool:
+        return x.shape != y.shape or x.tobytes() != y.tobytes()
+
+    return Subject("weights", files(1), files(2), load, judge)
 
 
 def _difference(
