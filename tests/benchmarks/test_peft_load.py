@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,18 +17,12 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "peft_load.py"
 
 
 @pytest.fixture(scope="module")
-def program() -> ModuleType:
-    """The program as a module; benchmarks/ is no package, so it is loaded from its file."""
-    spec = importlib.util.spec_from_file_location("peft_load", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def program() -> SimpleNamespace:
+    """What the program defines; benchmarks/ is no package."""
+    return SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 
 
-def test_a_thousand_tensors(program: ModuleType, tmp_path: Path) -> None:
+def test_a_thousand_tensors(program: SimpleNamespace, tmp_path: Path) -> None:
     """All are loaded, each where it belongs, into either kind of parameters."""
     count = program.make_folder(tmp_path / "x", 72, 8, "patterns")
     assert count == 1008
@@ -49,7 +42,7 @@ def test_a_thousand_tensors(program: ModuleType, tmp_path: Path) -> None:
 
 
 def test_what_it_prints_and_saves(
-    program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--layers", "3", "--width", "16", "--repeats", "1"]
     results = program.main([*arguments, "--save", str(tmp_path / "x.json")])
