@@ -139,7 +139,8 @@ class _Module:
         rank = down[0] if down else 0
         if mid:  # the directions are the core's, and down has the channels alone
             expected = (rank, rank, *place.torch_ins[1:])
-            if place.kind != "conv" or mid != expected or set(down[2:]) - {1}:
+            ones = (1,) * len(expected[2:])
+            if place.kind != "conv" or mid != expected or down[2:] != ones:
                 raise CheckpointError(f"{place.name}: expected lora_mid {expected}, found {mid}")
             down = (*down[:2], *expected[2:])
         wrong = check_pair(place, rank, down, up) if rank else [f"{place.module}: its rank is 0"]
@@ -168,9 +169,11 @@ class _Module:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {end: self.file.tensors[x].shape for end, x in self.keys.items() if end != "alpha"}
-        if self.place.kind != "conv":  # a convolution of one pixel is a linear layer
-            shapes = {end: x[:2] if set(x[2:]) <= {1} else x for end, x in shapes.items()}
-        return shapes
+        if self.place.kind == "conv":
+            return shapes
+        # A convolution of one pixel is a linear layer.
+        single = [end for end in (*_LORA[:2], "lokr_w2") if set(shapes.get(end, ())[2:]) == {1}]
+        return shapes | {end: shapes[end][:2] for end in single}
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {end: self._read(end) for end in self.keys if end != "alpha"}

@@ -197,6 +197,7 @@ def test_a_convolution_of_kohya_in_tuckers_form(world: World, tmp_path: Path) ->
         ("LOHA", {"hada_w1_a": (3, 1)}, r"found hada_w1_a \(3, 1\)"),
         ("LOHA", {"hada_w2_b": None}, "expected .*hada_w2_b"),
         ("LOHA", {"hada_t1": (2, 2)}, "expected .*hada_w1_a"),
+        ("LOHA", {"hada_w1_b": (2, 6, 1)}, r"found .*hada_w1_b \(2, 6, 1\)"),
         ("LOKR", {"lokr_w1": (2, 2)}, "expected lokr_w1 to divide 3 outputs and 6 inputs"),
         ("LOKR", {"lokr_w2_a": (3, 1)}, r"found .*lokr_w2_a \(3, 1\)"),
         ("LOKR", {"lokr_w2_b": None}, "expected .*lokr_w2_b"),
