@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jax_lora.peft.parts import Part, one_dtype
+from jax_lora.peft.parts import Part, narrowed, one_dtype
 from jax_lora.peft.places import Place
 from jax_lora.variants import LohaFactors, LokrFactors
 
@@ -21,10 +21,10 @@ LOKR = (
 
 
 def tucker(core: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """``[r, in, *space]`` of a core ``[r, r, *space]`` and of ``[r, in]``, in the core's dtype."""
+    """``[r, in, *space]`` of a core ``[r, r, *space]`` and of ``[r, in]``."""
     wide = np.float64 if core.dtype == np.float64 else np.float32
     found = np.einsum("ij...,jc->ic...", core.astype(wide), inner.astype(wide))
-    return found.astype(core.dtype)
+    return narrowed(found, core.dtype)
 
 
 def loha_problem(place: Place, shapes: Shapes, rank: int) -> str:
@@ -119,7 +119,7 @@ def _factored(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     dtype = one_dtype((left, right))
     wide = np.float64 if dtype == np.float64 else np.float32
-    return (left.astype(wide) @ right.astype(wide)).astype(dtype)
+    return narrowed(left.astype(wide) @ right.astype(wide), dtype)
 
 
 def _spaces(rank: int, space: list[int]) -> list[tuple[int, ...]]:

@@ -59,7 +59,8 @@ class Part:
             )
         a, b = (np.asarray(x) for x in entry.update())
         dtype = one_dtype(self.arrays.values())
-        return Part({"a": a.astype(dtype), "b": b.astype(dtype)}, self.scale, self.magnitude)
+        arrays = {"a": narrowed(a, dtype), "b": narrowed(b, dtype)}
+        return Part(arrays, self.scale, self.magnitude)
 
     def _sizes(self) -> tuple[int, int]:
         """The inputs and outputs of the matrix that the update is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -163,6 +164,21 @@ def test_lokr(world: World, tmp_path: Path, case: str) -> None:
     again = jl.peft.load_kohya(tmp_path / "x.safetensors", world.params, NAMES, world.uses).adapter
     scales = {m: 1 if case == "whole" else 5 / ranks[m] for m in modules}
     _check(again, {m: scales[m] * update for m, (_, update) in modules.items()})
+
+
+def test_products_are_not_rounded_to_a_narrow_dtype(world: World, tmp_path: Path) -> None:
+    """Of bfloat16 matrices, the product that is formed when they are read is in float32."""
+    shapes = {"lokr_w1_a": (3, 2), "lokr_w1_b": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 4)}
+    drawn = _random(np.random.default_rng(0), shapes)
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in drawn.items()}
+    x = {name: y.astype(np.float64) for name, y in half.items()}
+    small, large = x["lokr_w1_a"] @ x["lokr_w1_b"], x["lokr_w2_a"] @ x["lokr_w2_b"]
+    update = np.kron(small, large).reshape(SHAPES["conv"])
+    file = {f"lora_conv.{name}": y for name, y in half.items()}
+    write_tensors(tmp_path / "x.safetensors", file)
+    load = jl.peft.load_kohya
+    adapter = load(tmp_path / "x.safetensors", world.params, NAMES, world.uses).adapter
+    _check(adapter, {"conv": update})
 
 
 def _lycoris(modules: dict[str, tuple[Tensors, np.ndarray]]) -> Tensors:
