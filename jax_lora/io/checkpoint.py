@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -41,6 +43,11 @@ from jax_lora.variants import VARIANTS
 _ADAPTER, _PARAMS = "jax_lora.adapter", "jax_lora.params"
 #: Version 1 knew LoRA alone, and had a layout for each entry where version 2 has static fields.
 _VERSION, _READABLE = 2, (1, 2)
+#: Files that orbax reads whole, and what they may have; a hundred thousand arrays take less.
+_TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "manifest.ocdbt")
+_MAX_TEXT = 16 * 2**20
+#: What the best compression makes of zeros, and the size of arrays that is never too much.
+_MAX_RATIO, _ALWAYS_TAKEN = 2**15, 2**30
 
 
 def save_params(folder: str | Path, params: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -67,7 +74,8 @@ def load_params(folder: str | Path) -> tuple[Any, dict[str, Any]]:
         CheckpointError: There is no such checkpoint, it is damaged, or it holds something else.
     """
     arrays, config = _load(folder, _PARAMS)
-    return arrays, config["metadata"]
+    with _as_it_was_written(folder):
+        return arrays, dict(config["metadata"])
 
 
 def save_adapter(
@@ -127,20 +135,22 @@ def load_adapter(
         AdapterError: The adapter does not fit ``params``.
     """
     arrays, document = _load(folder, _ADAPTER)
-    if document["version"] == 1:
-        static = {path: {"layout": layout} for path, layout in document["layouts"].items()}
-        document["entries"] = {path: {"variant": "lora", **s} for path, s in static.items()}
-    adapter = Adapter(_entries(folder, arrays, document["entries"]))
-    try:
-        config = LoraConfig.from_json(document["lora"]) if document["lora"] else None
-    except JaxLoraError as error:
-        raise CheckpointError(
-            f"{folder}: the configuration cannot be read, a newer jax_lora may have written it: "
-            f"{error}"
-        ) from error
+    with _as_it_was_written(folder):
+        if document["version"] == 1:
+            static = {path: {"layout": layout} for path, layout in document["layouts"].items()}
+            document["entries"] = {path: {"variant": "lora", **s} for path, s in static.items()}
+        adapter = Adapter(_entries(folder, arrays, document["entries"]))
+        metadata = dict(document["metadata"])
+        try:
+            config = LoraConfig.from_json(document["lora"]) if document["lora"] else None
+        except JaxLoraError as error:
+            raise CheckpointError(
+                f"{folder}: the configuration cannot be read, a newer jax_lora may have written "
+                f"it: {error}"
+            ) from error
     if params is not None:
         check_fits(params, adapter)
-    return adapter, config, document["metadata"]
+    return adapter, config, metadata
 
 
 def _static(entry: Any) -> dict[str, Any]:
@@ -181,6 +191,7 @@ def _entries(folder: str | Path, arrays: Any, kept: Any) -> dict[str, Variant]:
             continue
         try:
             entries[path] = _entry(variant, arrays[path], kept[path])
+            problems += [f"{path}: {problem}" for problem in entries[path].problems()]
         except (JaxLoraError, TypeError, AttributeError) as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -211,7 +222,8 @@ def _save(folder: str | Path, arrays: Any, document: dict[str, Any]) -> None:
     if odd or not jax.tree.leaves(arrays):
         what = f"found other leaves at {', '.join(odd)}" if odd else "found none"
         raise CheckpointError(f"{folder}: expected a tree of arrays that are not empty, {what}")
-    document = {"version": _VERSION, "arrays": _describe(arrays)} | document
+    described = {"arrays": _describe(arrays), "structure": _structure(arrays)}
+    document = {"version": _VERSION} | described | document
     checked = document | {"crc32": _checksum(document)}
     items = ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays), config=ocp.args.JsonSave(checked)
@@ -284,29 +296,102 @@ def _load(folder: str | Path, expected: str) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(
             f"{folder}: expected a checkpoint with the items 'arrays' and 'config', found {held}"
         )
+    _check_files(folder, path)
     document = _guarded(folder, "config", lambda: _restore_json(path))
     if not isinstance(document, dict) or document.pop("crc32", None) != _checksum(document):
         raise CheckpointError(
             f"{folder}: the item 'config' is damaged or not from this library; restore the "
             "checkpoint from a copy"
         )
-    if document["format"] != expected:
-        found = document["format"]
+    if document.get("format") != expected:
+        found = document.get("format")
         raise CheckpointError(f"{folder}: expected the format {expected!r}, found {found!r}")
-    if document["version"] not in _READABLE:
+    if document.get("version") not in _READABLE:
         raise CheckpointError(
             f"{folder}: expected format version {_VERSION} or older, found "
-            f"{document['version']!r}; a newer jax_lora may have written it"
+            f"{document.get('version')!r}; a newer jax_lora may have written it"
         )
-    arrays = _guarded(folder, "arrays", lambda: _restore_arrays(path))
-    written, read = document["arrays"], _describe(arrays)
+    with _as_it_was_written(folder):
+        written = {path: dict(told) for path, told in document["arrays"].items()}
+    arrays = _guarded(folder, "arrays", lambda: _restore_arrays(folder, path, written))
+    read = _describe(arrays)
     if written != read:
         odd = [n for n in sorted({*written, *read}) if written.get(n) != read.get(n)]
         raise CheckpointError(
             f"{folder}: damaged, the values read differ from those written: {', '.join(odd)}; "
             "restore the checkpoint from a copy"
         )
+    # Paths do not tell lists from dicts, nor what is empty. Older checkpoints do not say it.
+    if (document.get("structure") or _structure(arrays)) != _structure(arrays):
+        raise CheckpointError(
+            f"{folder}: damaged, the tree read has other containers than the one written; restore "
+            "the checkpoint from a copy"
+        )
     return jax.tree.map(jnp.asarray, arrays), document
+
+
+@contextlib.contextmanager
+def _as_it_was_written(folder: str | Path) -> Iterator[None]:
+    """Anything but what `_save` writes, although its checksum is right, as one error of ours."""
+    try:
+        yield
+    except JaxLoraError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder}: the item 'config' is not as this library writes it "
+            f"({type(error).__name__}: {error}); a newer jax_lora may have written it"
+        ) from error
+
+
+def _check_files(folder: str | Path, path: Path) -> None:
+    """Refuse what would be read for ever, and what orbax would read outside of the folder."""
+    try:
+        problem = _problem_of_files(path)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"a file is missing, truncated or damaged ({error})"
+    if problem:
+        raise CheckpointError(
+            f"{folder}: damaged or not from this library: {problem}; restore the checkpoint from "
+            "a copy"
+        )
+
+
+def _problem_of_files(path: Path) -> str:
+    for file in path.rglob("*"):
+        status = file.stat()  # of what a link is to, as a cache of downloads has them
+        text = file.name in _TEXTS or file.parent.name == "array_metadatas"
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return f"expected {file.relative_to(path)} to be a file or a folder"
+        if text and status.st_size > _MAX_TEXT:
+            return f"expected at most {_MAX_TEXT:,} bytes in {file.relative_to(path)}"
+    tree = json.loads((path / "arrays" / "_METADATA").read_bytes())
+    # Without its database, orbax takes the arrays' names for paths, also for absolute ones.
+    if not isinstance(tree, dict) or tree.get("use_ocdbt", True) is not True:
+        return "expected arrays in a database of OCDBT, found other files"
+    if not (path / "arrays" / "manifest.ocdbt").is_file():
+        return "expected arrays/manifest.ocdbt, found none"
+    return ""
+
+
+def _check_sizes(folder: str | Path, path: Path, tree: Any, written: Mapping[str, Any]) -> None:
+    """Before memory is taken: the arrays are of the sizes that were written, and these can be."""
+    found = leaves_by_path(tree)
+    sizes = {name: (list(x.shape), str(np.dtype(x.dtype))) for name, x in found.items()}
+    told = {name: (x.get("shape"), x.get("dtype")) for name, x in written.items()}
+    if sizes != told:
+        odd = [name for name in sorted({*sizes, *told}) if sizes.get(name) != told.get(name)]
+        raise CheckpointError(
+            f"{folder}: damaged, the arrays differ from those written: {', '.join(odd[:9])}; "
+            "restore the checkpoint from a copy"
+        )
+    needed = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in found.values())
+    stored = sum(file.stat().st_size for file in (path / "arrays").rglob("*") if file.is_file())
+    if needed > _MAX_RATIO * stored + _ALWAYS_TAKEN:
+        raise CheckpointError(
+            f"{folder}: expected at most {_MAX_RATIO:,} times the {stored:,} bytes that its files "
+            f"have, found arrays of {needed:,} bytes; not from this library"
+        )
 
 
 def _checksum(document: Mapping[str, Any]) -> int:
@@ -324,10 +409,27 @@ def _describe(arrays: Any) -> dict[str, Any]:
     return {path: describe(leaf) for path, leaf in leaves_by_path(arrays).items()}
 
 
+def _structure(tree: Any) -> Any:
+    """Dicts and lists as they are, and None for each array; ``""`` for a tree of anything else.
+
+    Other containers come back as dicts or lists, so that nothing can be said about them.
+    """
+    inner: list[Any]
+    if type(tree) is dict:
+        inner = [_structure(x) for x in tree.values()]
+        return "" if "" in inner else dict(zip(map(str, tree), inner, strict=True))
+    if type(tree) in (list, tuple):
+        inner = [_structure(x) for x in tree]
+        return "" if "" in inner else inner
+    return None if jax.tree_util.all_leaves([tree]) else ""
+
+
 def _guarded(folder: str | Path, item: str, restore: Any) -> Any:
     """What ``restore`` returns; any failure of the storage layer as one error of ours."""
     try:
         return restore()
+    except JaxLoraError:
+        raise
     except Exception as error:  # whatever a damaged file makes orbax or tensorstore raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
@@ -342,13 +444,14 @@ def _restore_json(path: Path) -> Any:
         return checkpointer.restore(path, items)["config"]
 
 
-def _restore_arrays(path: Path) -> Any:
+def _restore_arrays(folder: str | Path, path: Path, written: Mapping[str, Any]) -> Any:
     # Through numpy, so that a checkpoint does not ask for the devices it was written on.
     handler = ocp.CompositeCheckpointHandler(
         arrays=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
     )
     with _late_reads_quiet(), ocp.Checkpointer(handler) as checkpointer:
         tree = checkpointer.metadata(path).item_metadata["arrays"].tree
+        _check_sizes(folder, path, tree, written)
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
         return checkpointer.restore(path, ocp.args.Composite(arrays=args))["arrays"]
