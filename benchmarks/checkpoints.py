@@ -193,9 +193,7 @@ class Orbax:
         adapter = {path: entry.arrays() for path, entry in self._training.adapter.items()}
         items = {"arrays": adapter, "training": self._training.opt_state}
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        found = self._manager.restore(
-            self._manager.latest_step(), args=ocp.args.Composite(**args)
-        )
+        found = self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(**args))
         return found["arrays"], found["training"]
 
     def close(self) -> None:
@@ -265,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     load = round(os.getloadavg()[0], 2)
     machine, found = hardware() | {"load_average_before": load}, versions()
     print(", ".join(f"{key} {value}" for key, value in (machine | found).items()), flush=True)
-    results = []
+    results: list[dict[str, Any]] = []
     for model in MODELS:
         training = Training(model, QUICK if args.quick else Sizes())
         training.step()

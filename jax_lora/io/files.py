@@ -222,17 +222,15 @@ def _guarded(folder: str | Path, item: str, restore: Callable[[], Any]) -> Any:
 
 
 def _restore_json(path: Path) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        items = ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()})
-        return checkpointer.restore(path, items)[CONFIG]
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path / CONFIG)
 
 
 def _restore_arrays(path: Path, item: str) -> Any:
     # Through numpy, so that a checkpoint does not ask for the devices it was written on.
-    handlers = {item: ocp.PyTreeCheckpointHandler(), CONFIG: ocp.JsonCheckpointHandler()}
-    handler = ocp.CompositeCheckpointHandler(**handlers)
+    handler = ocp.PyTreeCheckpointHandler()
     with _late_reads_quiet(), ocp.Checkpointer(handler) as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata[item].tree
+        tree = handler.metadata(path / item).tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
-        return checkpointer.restore(path, ocp.args.Composite(**{item: args}))[item]
+        return checkpointer.restore(path / item, args)

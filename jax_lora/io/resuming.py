@@ -151,18 +151,17 @@ class Run:
         lora = document.get("lora")
         if self.config is not None and lora is not None:
             problems += _differences(lora, plain(self.config.to_json()), "config.")
+        if problems:
+            return problems  # of which other shapes are what follows
         problems += state.mismatches(trained, document[files.ARRAYS], {})
         if isinstance(trained, Adapter):
             then = {path: x for path, x in document["entries"].items() if path in trained}
             problems += _differences(then, plain({path: static_of(trained[path]) for path in then}))
-        parts = leaves_by_path(trained)
-        saved = {
-            path.removeprefix(f"{_OPTIMIZER}/"): what
-            for path, what in document.get(files.TRAINING, {}).items()
-            if path.startswith(f"{_OPTIMIZER}/")
-        }
+        start = f"{_OPTIMIZER}/"
+        items = document.get(files.TRAINING, {}).items()
+        saved = {path.removeprefix(start): what for path, what in items if path.startswith(start)}
         impls = kept["impls"][_OPTIMIZER]
-        lines = state.mismatches(opt_state, saved, impls, parts)
+        lines = state.mismatches(opt_state, saved, impls, leaves_by_path(trained))
         return problems + [f"optimizer state {line}" for line in lines]
 
 

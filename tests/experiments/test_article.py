@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 
 import jax_lora as jl
-from jax_lora.experiments.article import (
-    Reproduce,
-    load_base,
-    load_data,
-    new_folder,
-    run_reproduce,
-    same_bits,
-)
+from jax_lora.experiments.article import Reproduce, new_folder, run_reproduce
 from jax_lora.experiments.options import DataOptions
+from jax_lora.experiments.phases import load_base, load_data, same_bits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
