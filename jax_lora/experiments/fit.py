@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -215,6 +215,11 @@ def fit(
             epochs = Resident(step, parallel, host, progress.state, order(0))
         evaluator = Evaluator(predict, dataset.test, dataset.max_value, parallel, trained, frozen)
         history, seconds_before = progress.history, progress.history.seconds
+
+        def tick() -> None:
+            compiling = evaluator.compile_seconds + epochs.compile_seconds
+            history.seconds = seconds_before + time.perf_counter() - start - compiling
+
         if progress.at_start:
             history.accuracy_before = evaluator(trained, frozen)
         bar = tqdm(
@@ -223,12 +228,14 @@ def fit(
         stack.enter_context(bar)
         while progress.epoch < options.epochs:
             began, first = time.perf_counter(), progress.step
-            _finish_epoch(progress, epochs, order(progress.epoch), saver, watch)
+            for _ in _parts(progress, epochs, order(progress.epoch), saver, watch):
+                tick()
+                if saver is not None and progress.step < steps:
+                    saver.save(progress)
             rate = (steps - first) / (time.perf_counter() - began)
             accuracy = evaluator(progress.state.trained, frozen)
             progress.end_epoch(accuracy)
-            compiling = evaluator.compile_seconds + epochs.compile_seconds
-            history.seconds = seconds_before + time.perf_counter() - start - compiling
+            tick()
             if saver is not None:
                 saver.save(progress, {"accuracy": accuracy, "loss": history.loss[-1]})
             means = history.loss[-(steps // window) :]
@@ -250,10 +257,10 @@ def fit(
     )
 
 
-def _finish_epoch(
+def _parts(
     progress: Progress, epochs: Epochs, order: Any, saver: Saver | None, watch: Watch | None
-) -> None:
-    """The steps of the epoch that are not done: all at once, or in parts where they are saved."""
+) -> Iterator[None]:
+    """Do the rest of an epoch: at once, or in parts after which it is asked whether to save."""
     steps = len(order[0])
     before = progress.epoch * steps
     placed = epochs.place(order)
@@ -270,5 +277,4 @@ def _finish_epoch(
                 f"{progress.epoch + 1}; lower --learning-rate or --alpha"
             )
         progress.advance(stop, losses)
-        if saver is not None and stop < steps:
-            saver.save(progress)
+        yield

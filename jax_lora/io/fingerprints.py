@@ -18,6 +18,8 @@ from jax_lora.adapter import leaves_by_path
 #: By the path of each parameter: its shape, dtype and 64 bits that stand for its values.
 Fingerprint = dict[str, dict[str, Any]]
 _SEEDS = (0x9E3779B9, 0x85EBCA6B)
+#: Up to so many bytes in all numpy is faster, because there is nothing to compile.
+_SMALL = 2**24
 
 
 def fingerprint(params: Any) -> Fingerprint:
@@ -43,11 +45,13 @@ def fingerprint(params: Any) -> Fingerprint:
         ([2], 'float32', False)
     """
     leaves = {p: x for p, x in leaves_by_path(params).items() if hasattr(x, "dtype")}
-    sums = {path: _sums(x) for path, x in leaves.items() if not _is_abstract(x)}
-    values = {path: "".join(f"{int(n):08x}" for n in s) for path, s in jax.device_get(sums).items()}
+    values = {p: x for p, x in leaves.items() if not isinstance(x, jax.ShapeDtypeStruct)}
+    small = sum(x.size * x.dtype.itemsize for x in values.values()) <= _SMALL
+    sums = jax.device_get({path: _sums(x, small) for path, x in values.items()})
+    hashes = {path: "".join(f"{int(word):08x}" for word in pair) for path, pair in sums.items()}
     return {
         path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        | ({"hash": values[path]} if path in values else {})
+        | ({"hash": hashes[path]} if path in hashes else {})
         for path, leaf in leaves.items()
     }
 
@@ -75,25 +79,21 @@ def differences(saved: Fingerprint, params: Any) -> list[str]:
     return lines
 
 
-def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _sums(leaf: Any) -> jax.Array:
-    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize >= 8:
-        # Where JAX has no 64-bit numbers it would round them.
-        leaf = np.ascontiguousarray(leaf)[..., np.newaxis].view(np.uint32)
-    return _hashed(leaf)
+def _sums(leaf: Any, small: bool) -> Any:
+    if not small:
+        return _on_device(leaf if isinstance(leaf, jax.Array) else _words_on_host(leaf))
+    words = _words_on_host(leaf)
+    return [x.sum(dtype=np.uint32) for x in _mixed(words, np.arange(words.size, dtype=np.uint32))]
 
 
 @jax.jit
-def _hashed(leaf: jax.Array) -> jax.Array:
+def _on_device(leaf: jax.Array) -> jax.Array:
     words = _words(leaf)
-    strides = [math.prod(words.shape[axis + 1 :]) % 2**32 for axis in range(words.ndim)]
     place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, stride in enumerate(strides):
-        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
-    mixed = [_mix(words ^ _mix(place + jnp.uint32(seed))) for seed in _SEEDS]
+    for axis in range(words.ndim):
+        stride = jnp.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
+    mixed = _mixed(words, place)
     # Both in one reduction, or XLA writes what is summed into memory first.
     zeros, axes = [jnp.uint32(0)] * len(mixed), tuple(range(words.ndim))
     return jnp.stack(jax.lax.reduce(mixed, zeros, lambda x, y: jax.tree.map(jnp.add, x, y), axes))
@@ -105,17 +105,38 @@ def _words(leaf: jax.Array) -> jax.Array:
         leaf = jax.random.key_data(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag], -1)
+    bits = _bits(leaf.dtype)
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint32)
-    info: Any = jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo
-    bits = info(leaf.dtype).bits
     if bits > 32:
         return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
     return jax.lax.bitcast_convert_type(leaf, f"uint{bits}").astype(jnp.uint32)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _words_on_host(leaf: Any) -> np.ndarray:
+    """The same words in the same order, ``[words]``."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.ascontiguousarray(leaf).reshape(-1)
+    words = array.view(f"uint{8 * min(array.dtype.itemsize, 4)}").astype(np.uint32)
+    # Numbers of less than a byte have one each.
+    return words & np.uint32(2 ** min(_bits(array.dtype), 32) - 1)
+
+
+def _bits(dtype: Any) -> int:
+    if dtype == jnp.bool_:
+        return 8
+    info: Any = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return info(dtype).bits
+
+
+def _mixed(words: Any, place: Any) -> list[Any]:
+    """``mix(word ^ mix(place + seed))`` for each seed; of numpy's or JAX's arrays."""
+    return [_mix(words ^ _mix(place + np.uint32(seed))) for seed in _SEEDS]
+
+
+def _mix(x: Any) -> Any:
     """The finalizer of MurmurHash3 (Appleby 2011), a bijection of 32-bit words."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

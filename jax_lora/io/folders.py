@@ -70,11 +70,15 @@ def set_aside(folder: Path, step: int) -> Path:
     return (folder / str(step)).rename(aside)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What processes that were killed left half written or half deleted."""
+    return [path for name in (f"*{UNFINISHED}", f"*{_GOING}") for path in folder.glob(name)]
+
+
 def clear_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed left half written or half deleted."""
-    for pattern in (f"*{UNFINISHED}", f"*{_GOING}"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove the `leftovers`."""
+    for path in leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def lock(folder: Path) -> IO[bytes]:
