@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -72,7 +73,8 @@ def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.rmdir()  # it is empty, and orbax wants to make it
-        with _interrupts_deferred(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
+        handler = ocp.CompositeCheckpointHandler()
+        with _quiet, _interrupts_deferred(), ocp.Checkpointer(handler) as saver:
             saver.save(path, ocp.args.Composite(**args))
     except Exception as error:  # whatever a full or read-only disk makes the storage layer raise
         for partial in path.parent.glob(path.name + UNFINISHED):
@@ -186,27 +188,43 @@ def _interrupts_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _late_reads_quiet() -> Iterator[None]:
-    """Keep the threads of a failed restore from printing.
+class _Quiet:
+    """Keeps the threads of a failed read or write from printing, for as long as one is entered.
 
-    When one array cannot be read, orbax closes its event loop while others are still being read;
-    each of these then complains to the closed loop, after the error that we raise.
+    When one array cannot be read or written, orbax closes its event loop while others still are;
+    each of these then complains to the closed loop, and others log the error that we raise.
     """
-    previous = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
+    def __init__(self) -> None:
+        self._lock, self._entered = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._entered:
+                self._previous = sys.unraisablehook
+                sys.unraisablehook = self._hook
+                logging.getLogger("absl").addFilter(self._filter)
+            self._entered += 1
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            time.sleep(0.2)  # for the last of those threads
+        with self._lock:
+            self._entered -= 1
+            if not self._entered:
+                sys.unraisablehook = self._previous
+                logging.getLogger("absl").removeFilter(self._filter)
+
+    def _hook(self, unraisable: Any) -> None:
         if "loop is closed" not in str(unraisable.exc_value):
-            previous(unraisable)
+            self._previous(unraisable)
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    except BaseException:
-        time.sleep(0.2)
-        raise
-    finally:
-        sys.unraisablehook = previous
+    @staticmethod
+    def _filter(record: logging.LogRecord) -> bool:
+        return "raised an exception" not in record.getMessage()
+
+
+_quiet = _Quiet()
 
 
 def _guarded(folder: str | Path, item: str, restore: Callable[[], Any]) -> Any:
@@ -229,7 +247,7 @@ def _restore_json(path: Path) -> Any:
 def _restore_arrays(path: Path, item: str) -> Any:
     # Through numpy, so that a checkpoint does not ask for the devices it was written on.
     handler = ocp.PyTreeCheckpointHandler()
-    with _late_reads_quiet(), ocp.Checkpointer(handler) as checkpointer:
+    with _quiet, ocp.Checkpointer(handler) as checkpointer:
         tree = handler.metadata(path / item).tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(restore_args=restore_args)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_lora.adapter import Adapter, leaves_by_path
@@ -31,7 +31,7 @@ def pack(tree: Any) -> tuple[dict[str, Any], Impls]:
         >>> pack({"dropout": jax.random.key(0)})[1]
         {'dropout': 'threefry2x32'}
     """
-    leaves = {path: x for path, x in leaves_by_path(tree).items() if math.prod(jnp.shape(x))}
+    leaves = {path: x for path, x in leaves_by_path(tree).items() if np.size(x)}
     impls = {path: str(jax.random.key_impl(x)) for path, x in leaves.items() if _is_key(x)}
     return {p: jax.random.key_data(x) if p in impls else x for p, x in leaves.items()}, impls
 
