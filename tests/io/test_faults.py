@@ -57,16 +57,16 @@ def damage(step: Path, how: str) -> None:
 
 
 def flip_a_bit(step: Path) -> None:
-    """In a byte that is read: some are orbax's own notes."""
-    file = largest_file(step / "training")
-    content = file.read_bytes()
-    for index in range(len(content) // 2, len(content)):
-        file.write_bytes(content[:index] + bytes([content[index] ^ 8]) + content[index + 1 :])
+    """In the middle of a file that is read: others hold orbax's own notes."""
+    for file in sorted((step / "training").rglob("d/*")):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 8
+        file.write_bytes(content)
         try:
             resuming.read(step)
         except jl.CheckpointError:
             return
-    raise AssertionError("no byte is read")
+    raise AssertionError("no file is read")
 
 
 # When an array cannot be read, orbax closes its event loop while others are still being read, and
