@@ -190,7 +190,7 @@ class Saver:
         """As many as take a moment, by how many there were since the last look at the clock."""
         now = time.monotonic()
         if done > self._looked_after:
-            rate = (done - self._looked_after) / (now - self._looked_at)
+            rate = (done - self._looked_after) / max(now - self._looked_at, 1e-3)
             self._between_looks = max(1, int(rate * _SECONDS_BETWEEN_LOOKS))
         self._looked_at, self._looked_after = now, done
         return self._between_looks

@@ -14,6 +14,7 @@ import pytest
 
 import jax_lora as jl
 from jax_lora.experiments.article import Reproduce, new_folder, run_reproduce
+from jax_lora.experiments.epochs import Resident
 from jax_lora.experiments.options import DataOptions
 from jax_lora.experiments.phases import load_base, load_data, same_bits
 
@@ -142,6 +143,40 @@ def test_the_seed_decides_every_number(
         assert same_bits(load(again_out / name)[0], load(out / name)[0])
     _, other = reproduce(seed=4)
     assert all(one != two for one, two in zip(numbers(other), numbers(results), strict=True))
+
+
+def test_an_interrupted_run_goes_on_and_is_reported_whole(
+    first: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Reproduce(**TINY, seed=3, out=tmp_path / "out", save_every_steps=4, resume=True)
+    run_steps = Resident.__call__
+    calls = []
+
+    def interrupted(self: Any, state: Any, *arguments: Any) -> Any:
+        calls.append(int(state.step))
+        if len(calls) == 20:  # in the middle of the second phase
+            raise KeyboardInterrupt
+        return run_steps(self, state, *arguments)
+
+    monkeypatch.setattr(Resident, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_reproduce(options)
+    assert calls[-1] > 4
+    assert sorted(path.name for path in options.out.iterdir()) == ["base", "checkpoints"]
+    found = run_reproduce(options)
+    out, expected = first
+    assert numbers(found) == numbers(expected)
+    for name, load in (("base", jl.io.load_params), ("adapter", jl.io.load_adapter)):
+        assert same_bits(load(options.out / name)[0], load(out / name)[0])
+    assert found["lora"]["accuracy_before"] == expected["lora"]["accuracy_before"]
+    assert len(found["notes"]) == 2
+    assert (
+        "interrupted and resumed (base after the steps none; LoRA after the steps "
+        in found["notes"][1]
+    )
+    assert "was interrupted" in (options.out / "report.md").read_text()
+    with pytest.raises(jl.ConfigError, match=f"{options.out} is finished"):
+        run_reproduce(options)
 
 
 def test_same_bits() -> None:
