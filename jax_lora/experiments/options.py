@@ -115,7 +115,8 @@ class CheckpointOptions(Options):
         save_every_minutes: Write one after every so many minutes, and each epoch.
         keep: How many of the last training checkpoints are kept.
         keep_best: Keep the one with the best test accuracy or training loss as well.
-        checkpoints: The folder of the training checkpoints; by default belonging to --out.
+        checkpoints: The folder of the training checkpoints; by default named after --out, or in it
+            if it is the folder of a whole run.
         resume: Go on where the last training checkpoint was written, or begin if there is none.
         fall_back: If the last one is damaged, go on from the last good one.
     """

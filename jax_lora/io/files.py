@@ -127,6 +127,11 @@ def read_document(folder: str | Path, *formats: str) -> dict[str, Any]:
             f"{folder}: the item 'config' is damaged or not from this library; restore the "
             "checkpoint from a copy"
         )
+    if missing := {"version", "format", "metadata", ARRAYS} - set(document):
+        raise CheckpointError(
+            f"{folder}: the item 'config' is not from this library, it lacks "
+            f"{', '.join(sorted(missing))}"
+        )
     if document["format"] not in formats:
         expected, found = " or ".join(map(repr, formats)), document["format"]
         raise CheckpointError(f"{folder}: expected the format {expected}, found {found!r}")

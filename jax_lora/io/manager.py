@@ -166,7 +166,10 @@ class Checkpoints:
                 f"{', '.join(map(str, there))}; restore one of them to go on, or choose another "
                 "folder"
             )
-        self._lock = folders.lock(self.folder)
+        try:
+            self._lock = folders.lock(self.folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_last_good(self._whole)}") from error
         self._finalizer = weakref.finalize(self, _abandon, self._worker, self._lock)
         folders.clear_leftovers(self.folder)
         self._metrics = self._read_metrics()
@@ -368,7 +371,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _last_good(step: int | None) -> str:
-    return "there is no good step before it" if step is None else f"the last good step is {step}"
+    return "there is no good step" if step is None else f"the last good step is {step}"
 
 
 def _abandon(worker: Worker, lock: IO[bytes]) -> None:
