@@ -158,6 +158,10 @@ class Ours:
         """Whether it is not whole yet."""
         return self._saved.busy
 
+    def wait(self) -> None:
+        """Until it is."""
+        self._saved.wait()
+
     def restore(self) -> Any:
         """Read the last one."""
         found = self._saved.restore(self._training.adapter, self._training.opt_state)
@@ -187,6 +191,10 @@ class Orbax:
     def busy(self) -> bool:
         """Whether it is not whole yet."""
         return bool(self._manager.is_saving_in_progress())
+
+    def wait(self) -> None:
+        """Until it is."""
+        self._manager.wait_until_finished()
 
     def restore(self) -> Any:
         """Read the last one."""
@@ -219,6 +227,7 @@ def measure(training: Training, turns: int, steps: int) -> dict[str, Any]:
             writer.save(turn + 1)
             blocked = time.perf_counter() - start
             beside = list(_steps_while(training, writer))
+            writer.wait()
             whole = time.perf_counter() - start
             start = time.perf_counter()
             jax.block_until_ready(writer.restore())

@@ -29,10 +29,10 @@ class Checkpoints:
     `save_params`) writes, so `load_adapter` takes the adapter out of it without the rest, and an
     orbax item ``training`` with the optimizer's state and the keys.
 
-    `save` copies the arrays on their devices, and returns; a thread fetches, checks and writes
-    them. What fails there is raised by the next call of `save`, `wait` or `close`, as one error
-    that names the last good step. Leave the ``with`` block, or call `close`, before the program
-    ends, so that the last save is complete.
+    `save` notes what the arrays hold, and returns; a thread fetches, checks and writes it. What
+    fails there is raised by the next call of `save`, `wait` or `close`, as one error that names the
+    last good step. Leaving the ``with`` block closes it; a program that ends without waits for the
+    last save too, and prints what failed.
 
     Nothing is written, deleted or locked before the first `save` or `claim`. One process trains
     into a folder at a time.
@@ -375,9 +375,9 @@ def _last_good(step: int | None) -> str:
 
 
 def _abandon(worker: Worker, lock: IO[bytes]) -> None:
-    """The end of checkpoints, also of those that nobody closed."""
+    """The end of checkpoints, also of those that nobody closed and nobody can ask any more."""
     try:
         worker.wait()
     except CheckpointError as error:
-        print(f"{error}; close the checkpoints before the program ends", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     lock.close()

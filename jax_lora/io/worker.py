@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - its hook runs after ours if it was there before
+import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +37,25 @@ def _is_on_host(array: jax.Array) -> bool:
     return plain and all(device.platform == "cpu" for device in array.devices())
 
 
+_WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@functools.cache
+def _finish_before_exit() -> None:
+    """Make the interpreter wait for running jobs before it ends, once and for all.
+
+    Any later, as in `atexit`, it refuses new threads, and orbax's own wait for them for ever. The
+    hook is that of `concurrent.futures`, there is no public one; the last one given runs first.
+    """
+
+    def finish() -> None:
+        for worker in list(_WORKERS):
+            worker.join()
+
+    if hook := getattr(threading, "_register_atexit", None):
+        hook(finish)
+
+
 class Worker:
     """Runs one job at a time in a thread; what a job raises comes out of the next call."""
 
@@ -54,6 +76,8 @@ class Worker:
             BaseException: What the one before it raised; the new one is not begun then.
         """
         self.wait()
+        _finish_before_exit()
+        _WORKERS.add(self)
         self._thread = threading.Thread(target=self._run, args=(job,), name=self._name)
         self._thread.start()
 
@@ -63,12 +87,16 @@ class Worker:
         Raises:
             BaseException: What the last one raised, once.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
+        self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def join(self) -> None:
+        """Wait until no job is running, and leave what it raised to the next call."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self, job: Callable[[], None]) -> None:
         try:

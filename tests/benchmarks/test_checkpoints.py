@@ -56,8 +56,7 @@ def test_both_writers_give_back_what_is_trained(checkpoints: ModuleType, tmp_pat
         expected = jax.tree.map(np.array, training.leaves)
         writer.save(1)
         training.step()  # reuses the memory of what is saved
-        while writer.busy:
-            pass
+        writer.wait()
         found = jax.tree.leaves(writer.restore())
         writer.close()
         assert bits(found) == bits(expected), name

@@ -22,10 +22,11 @@ def split(size: int, seed: int) -> Split:
 DATASET = Dataset("made up", split(TRAIN, 0), split(TEST, 1), ("a", "b", "c"), 255, "made up")
 
 
-def predict(weight: jax.Array, frozen: object, images: jax.Array) -> jax.Array:
-    return images @ weight
+def predict(params: dict[str, jax.Array], frozen: object, images: jax.Array) -> jax.Array:
+    return images @ params["w"]
 
 
-def weight() -> jax.Array:
+def start() -> dict[str, jax.Array]:
+    """Parameters to begin with."""
     drawn = np.random.default_rng(2).normal(size=(4, CLASSES))
-    return jax.numpy.asarray(drawn, jax.numpy.float32)
+    return {"w": jax.numpy.asarray(drawn, jax.numpy.float32)}

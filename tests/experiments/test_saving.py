@@ -17,7 +17,7 @@ from jax_lora.experiments.fit import Phase, fit
 from jax_lora.experiments.options import CheckpointOptions, TrainOptions
 from jax_lora.experiments.saving import History, Saver, Saving
 from jax_lora.io import folders
-from tests.experiments.small import DATASET, predict, weight
+from tests.experiments.small import DATASET, predict, start
 
 STEPS, EPOCHS = 7, 3
 
@@ -49,7 +49,7 @@ class Run:
         try:
             self.phase = fit(
                 predict,
-                weight(),
+                start(),
                 None,
                 chosen.optimizer(),
                 DATASET,
@@ -64,10 +64,10 @@ class Run:
             assert folder is not None
             self.whole = max(folders.steps_in(folder), default=0)
 
-    def _noisy(self, weight: jax.Array, frozen: Any, images: jax.Array, key: jax.Array) -> Any:
+    def _noisy(self, params: Any, frozen: Any, images: jax.Array, key: jax.Array) -> Any:
         self.traces += 1
         kept = jax.random.bernoulli(key, 0.8, images.shape)
-        return predict(weight, frozen, jnp.where(kept, images, 0))
+        return predict(params, frozen, jnp.where(kept, images, 0))
 
 
 def assert_same(found: Phase | None, expected: Phase | None) -> None:

@@ -210,20 +210,14 @@ print("the end")
 
 
 def test_a_process_that_ends_without_closing(tmp_path: Path) -> None:
-    """Its last save is whole or absent, and it says so."""
+    """Its last save is whole."""
     root = str(Path(jl.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", ENDS, str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "the end\n")
-    there = folders.steps_in(tmp_path / "run")
-    assert there in ([1, 2], [1, 2, 3])
-    if there == [1, 2]:
-        assert "3: cannot be written" in done.stderr
-        assert "; close the checkpoints before the program ends" in done.stderr
-    example = {f"w{k}": jax.ShapeDtypeStruct((1000,), jnp.int32) for k in range(40)}
-    with jl.io.Checkpoints(tmp_path / "run") as checkpoints:
-        found = checkpoints.restore(example, ())
-        assert (found.step, int(found.trained["w3"][0])) == (there[-1], 3 * there[-1])
-        checkpoints.save(4, found.trained, ())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
+    assert folders.steps_in(tmp_path / "run") == [1, 2, 3]
     assert folders.leftovers(tmp_path / "run") == []
+    example = {f"w{k}": jax.ShapeDtypeStruct((1000,), jnp.int32) for k in range(40)}
+    found = jl.io.Checkpoints(tmp_path / "run").restore(example, ())
+    assert (found.step, int(found.trained["w3"][0])) == (3, 9)

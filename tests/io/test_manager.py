@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,16 @@ class TestErrorsOfTheThread:
         ):
             checkpoints.save(1, adapter(), adam_state(adapter()))
 
+    def test_are_printed_where_nobody_can_ask(
+        self, tmp_path: Path, failing: Callable[[], None], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        failing()
+        checkpoints = jl.io.Checkpoints(tmp_path)
+        checkpoints.save(1, adapter(), adam_state(adapter()))
+        checkpoints._finalizer()  # as at the end of the program
+        expected = f"error: {tmp_path / '1'}: cannot be written: no space\n"
+        assert capsys.readouterr().err == expected
+
     def test_do_not_hide_another(self, tmp_path: Path, failing: Callable[[], None]) -> None:
         failing()
         with pytest.raises(ZeroDivisionError) as caught:
@@ -427,6 +438,7 @@ class TestOneFolderOneTraining:
         first.close()
         second.claim()
         del second  # nobody closes it
+        gc.collect()
         first.claim()
         first.close()
 
