@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jax_lora as jl
-from jax_lora.io.checkpoint import _checksum
+from jax_lora.io.files import checksum
 
 Edit = Callable[[Any], Any]
 
@@ -46,7 +46,7 @@ def edit(folder: Path, change: Edit) -> None:
     document = json.loads(file.read_text())
     del document["crc32"]
     document = change(document)
-    file.write_text(json.dumps(document | {"crc32": _checksum(document)}))
+    file.write_text(json.dumps(document | {"crc32": checksum(document)}))
 
 
 def refused(load: Callable[[Path], Any], folder: Path, message: str) -> None:
@@ -121,11 +121,11 @@ def test_sizes_are_checked_before_memory_is_taken(
     monkeypatch.setattr(ocp.RestoreArgs, "__init__", None)  # no array is asked for
     edit(folder, lambda x: x | {"arrays": {"a": x["arrays"]["a"] | {"shape": [3, 2]}}})
     refused(jl.io.load_params, folder, "the arrays differ from those written: a")
-    from jax_lora.io import checkpoint
+    from jax_lora.io import guards
 
     # An array of 24 bytes whose files may only be of none.
-    monkeypatch.setattr(checkpoint, "_ALWAYS_TAKEN", 0)
-    monkeypatch.setattr(checkpoint, "_MAX_RATIO", 0)
+    monkeypatch.setattr(guards, "_ALWAYS_TAKEN", 0)
+    monkeypatch.setattr(guards, "_MAX_RATIO", 0)
     edit(folder, lambda x: x | {"arrays": {"a": x["arrays"]["a"] | {"shape": [2, 3]}}})
     refused(jl.io.load_params, folder, "found arrays of 24 bytes; not from this library")
 
@@ -190,3 +190,25 @@ def test_containers_that_no_array_tells_of(tmp_path: Path) -> None:
         file.write_text(changed)
         with pytest.raises(jl.CheckpointError):
             jl.io.load_params(tmp_path / "params")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: None,
+        lambda x: {k: y for k, y in x.items() if k != "step"},
+        lambda x: x | {"step": "3"},
+        lambda x: x | {"position": {"epoch": 1}},
+        lambda x: x | {"metrics": {"loss": "low"}},
+        lambda x: x | {"run": 3},
+        lambda x: x | {"impls": {"keys": {}}},
+    ],
+)
+def test_the_state_of_a_training_that_is_not_ours(tmp_path: Path, change: Edit) -> None:
+    w = {"w": jnp.ones(2)}
+    with jl.io.Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(3, w, w, metrics={"loss": 1.0})
+    assert jl.io.Checkpoints(tmp_path / "run").restore(w, w).step == 3
+    edit(tmp_path / "run" / "3", lambda x: x | {"state": change(x["state"])})
+    with pytest.raises(jl.CheckpointError):
+        jl.io.Checkpoints(tmp_path / "run").restore(w, w)
