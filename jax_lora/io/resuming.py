@@ -199,6 +199,8 @@ def read_document(folder: Path) -> dict[str, Any]:
         if not all(isinstance(x, float) for x in numbers) or any(type(x) is not int for x in whole):
             raise ValueError("a number is none")
         Position(**kept["position"] or dict.fromkeys(_POSITION, 0))
+        if str(kept["step"]) != folder.name:
+            raise ValueError(f"it is of step {kept['step']}")
         dict(kept["run"])
         for name in (_OPTIMIZER, _KEYS):
             dict(kept["impls"][name])

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of orbax, 
 
 NAMES = (
     *(f"peft {kind}" for kind in ("lora", "half", "dora", "whole", "table", "loha", "lokr")),
-    *("kohya", "weights", "checkpoint of an adapter", "checkpoint of parameters"),
+    *("kohya", "weights"),
+    *("checkpoint of an adapter", "checkpoint of parameters", "checkpoint of a training"),
 )
 
 

@@ -56,7 +56,10 @@ def subjects() -> list[Subject]:
         _folder_of_peft(name, seeded[0], seeded[1])
         for name, seeded in ((n, (make(1), make(2))) for n, make in PEFT.items())
     ]
-    more = (_file_of_kohya, _folder_of_weights, _checkpoint_of_adapter, _checkpoint_of_params)
+    more = (
+        *(_file_of_kohya, _folder_of_weights),
+        *(_checkpoint_of_adapter, _checkpoint_of_params, _checkpoint_of_training),
+    )
     return [*found, *(make() for make in more)]
 
 
@@ -253,6 +256,48 @@ def _checkpoint_of_params() -> Subject:
         return _other_bits(leaves_by_path(params), document["arrays"])
 
     return Subject("checkpoint of parameters", files[0], files[1], jl.io.load_params, judge)
+
+
+def _checkpoint_of_training() -> Subject:
+    step = 3
+    states = []
+    for seed in (1, 2):
+        draw = Draw(seed)
+        trained = jl.Adapter({"p/l1/kernel": _adapter(seed)["p/l1/kernel"]})
+        momentum = jax.tree.map(lambda x, draw=draw: jnp.asarray(draw(*x.shape)), trained)
+        states.append((trained, {"momentum": momentum, "count": jnp.asarray(seed, jnp.int32)}))
+
+    def save(path: Path, state: Any) -> None:
+        with jl.io.Checkpoints(path) as checkpoints:
+            position = jl.io.Position(epoch=1, step=1, batch_size=2, examples=4)
+            keys = {"data": jax.random.key(step)}
+            metrics, metadata = {"loss": 0.5}, {"losses": [1.0, 0.5]}
+            checkpoints.save(
+                step, *state, position=position, keys=keys, metrics=metrics, metadata=metadata
+            )
+
+    files = [_saved(lambda path, x=x: save(path, x)) for x in states]  # type: ignore[misc]
+
+    def load(folder: Path) -> Any:
+        return jl.io.Checkpoints(folder).restore(*states[0])
+
+    def judge(loaded: Any, folder: Path) -> str:
+        document = json.loads((folder / str(step) / "config" / "metadata").read_text())
+        state = document["state"]
+        told = {name: getattr(loaded, name) for name in ("step", "metrics")}
+        told["position"] = dataclasses.asdict(loaded.position) if loaded.position else None
+        if loaded.step != step or loaded.metadata != document["metadata"]:
+            return "has another step or other metadata"
+        if odd := [name for name, x in told.items() if x != state[name]]:
+            return f"has another {odd[0]}"
+        arrays = {f"p/l1/kernel/{n}": x for n, x in loaded.trained["p/l1/kernel"].arrays().items()}
+        if problem := _other_bits(arrays, document["arrays"]):
+            return problem
+        keys = {name: jax.random.key_data(x) for name, x in loaded.keys.items()}
+        training = leaves_by_path({"optimizer": loaded.opt_state, "keys": keys})
+        return _other_bits(training, document["training"])
+
+    return Subject("checkpoint of a training", files[0], files[1], load, judge)
 
 
 def _listed(value: Any) -> Any:
