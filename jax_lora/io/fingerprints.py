@@ -74,7 +74,7 @@ def differences(saved: Fingerprint, params: Any) -> list[str]:
             kinds = [f"{x['dtype']}{tuple(x['shape'])}" for x in (then, now)]
             if kinds[0] != kinds[1]:
                 lines.append(f"{path}: then {kinds[0]}, now {kinds[1]}")
-            elif now.get("hash", then.get("hash")) != then.get("hash"):
+            elif "hash" in now and now["hash"] != then.get("hash", now["hash"]):
                 lines.append(f"{path}: other values")
     return lines
 

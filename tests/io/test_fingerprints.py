@@ -114,6 +114,7 @@ def test_of_shapes_the_values_are_not_compared() -> None:
     shapes = {"w": jax.ShapeDtypeStruct((3, 2, 5), jnp.float32)}
     assert fingerprint(shapes) == {"w": {"shape": [3, 2, 5], "dtype": "float32"}}
     assert differences(fingerprint({"w": NORMAL}), shapes) == []
+    assert differences(fingerprint(shapes), {"w": NORMAL}) == []
     assert differences(fingerprint({"w": NORMAL[1:]}), shapes) == [
         "w: then float32(2, 2, 5), now float32(3, 2, 5)"
     ]
