@@ -202,6 +202,9 @@ def read_document(folder: Path) -> dict[str, Any]:
         if str(kept["step"]) != folder.name:
             raise ValueError(f"it is of step {kept['step']}")
         dict(kept["run"])
+        if document["format"] == files.ADAPTER:
+            dict(document["lora"] or {})
+            {path: dict(entry) for path, entry in document["entries"].items()}
         for name in (_OPTIMIZER, _KEYS):
             dict(kept["impls"][name])
     return document

@@ -212,3 +212,15 @@ def test_the_state_of_a_training_that_is_not_ours(tmp_path: Path, change: Edit) 
     edit(tmp_path / "run" / "3", lambda x: x | {"state": change(x["state"])})
     with pytest.raises(jl.CheckpointError):
         jl.io.Checkpoints(tmp_path / "run").restore(w, w)
+
+
+@pytest.mark.parametrize("name", ["entries", "lora", "base"])
+def test_a_training_without_what_an_adapter_has(saved: Path, tmp_path: Path, name: str) -> None:
+    adapter, config, _ = jl.io.load_adapter(saved / "adapter")
+    base, momentum = {"a": jnp.ones((2, 3))}, {"m": jnp.ones(2)}
+    settings = {"base": base, "config": config}
+    with jl.io.Checkpoints(tmp_path / "run", **settings) as checkpoints:
+        checkpoints.save(3, adapter, momentum)
+    edit(tmp_path / "run" / "3", lambda x: {k: y for k, y in x.items() if k != name})
+    with pytest.raises(jl.CheckpointError):
+        jl.io.Checkpoints(tmp_path / "run", **settings).restore(adapter, momentum)
