@@ -1,18 +1,22 @@
-"""Products with factors that each example selects out of a bank, in the form that costs least.
+"""Products with factors that each example selects out of a bank, in the form that suits the sizes.
 
 The walk sees one example, and `jax.vmap` runs it for all. What is a product with one factor there
-is for the whole batch one of three forms:
+is for the whole batch one of two forms:
 
 * ``gather``: the selected factors are copied side by side, and a batched product follows.
-* ``fused``: a sum of outer products, which XLA computes together with the lookup, without a copy.
-* ``all``: the product with the factors of all slots, of which each example keeps its own.
+* ``fused``: with one row for each factor, such a product is arithmetic of no weight beside the
+  memory traffic. A sum of outer products, which XLA computes together with the lookup, reads every
+  factor once instead of three times.
+
+Two more lost at all sizes that were measured (benchmarks/bank.py): the product with the factors of
+all slots, of which each example keeps its own, and a ragged product of the examples sorted by slot.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from string import ascii_letters
 from typing import Any
 
@@ -22,14 +26,10 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding
 
-from jax_lora.interpreter.cost import op
 from jax_lora.interpreter.explicit import distinct, explicit_sharding, look_up, spec_of, split_as
 from jax_lora.virtual import Selected, wider
 
-#: Arithmetic outside of a matrix product costs as many times that in one, on CPUs: with this value
-#: the fused form is taken where benchmarks/bank.py finds it faster, for one row of each example.
-_ELEMENTWISE = 25.0
-#: The fused form is unrolled over the rank, or over so many parts of the features.
+#: The fused form is unrolled over the rank, up to this one, or over so many parts of the features.
 _MOST_TERMS, _PARTS = 64, 8
 
 
@@ -57,7 +57,7 @@ def mixed_einsum(
         **options: Of `jax.numpy.einsum`.
 
     Returns:
-        The product. Under `jax.vmap` over examples it has the form that costs least.
+        The product. Under `jax.vmap` over examples it has the form that suits the sizes.
     """
     x_spec, spec, out = ("".join(part) for part in (x_letters, letters, out_letters))
     product = MixedProduct(x_spec, token, spec, out, dtype, tuple(options.items()))
@@ -94,6 +94,23 @@ def _mapped(fun: Callable[..., Any], batched: Any, *args: Any) -> tuple[Any, boo
     return jax.vmap(fun, axes)(*args), True
 
 
+def _apart(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The same as a branch, across which XLA fuses nothing; zeros where nobody selects a factor.
+
+    On CPUs it would look factors up in the midst of what is around the product, several times over,
+    or copy those of all layers at the start. Elsewhere, a branch is a wait for the host.
+    """
+
+    def branch(x: jax.Array, factor: Selected) -> jax.Array:
+        out = jax.eval_shape(form, x, factor)
+        used = (factor.slot < factor.bank.shape[0]).any()
+        return jax.lax.cond(
+            used, form, lambda x, factor: jnp.zeros(out.shape, out.dtype), x, factor
+        )
+
+    return branch
+
+
 @dataclasses.dataclass(frozen=True)
 class MixedProduct:
     """An einsum of ``x`` with a factor for each index along some of its axes, by letters.
@@ -121,25 +138,18 @@ class MixedProduct:
         return dataclasses.replace(self, x=x, ids=e + self.ids, out=e + self.out)
 
     def __call__(self, x: jax.Array, factor: Selected) -> jax.Array:
-        """The product in the form that costs least, and nothing at all where nobody selects one."""
+        """The product in the form that suits the sizes."""
         return split_as(self._sharding(x, factor), self._product, x, factor)
 
     def _product(self, x: jax.Array, factor: Selected) -> jax.Array:
-        costs = self.costs(x, factor)
-        best = getattr(self, min(costs, key=lambda form: costs[form]))
+        form = self.fused if self.fusible(x, factor) else self.gather
 
-        # XLA fuses nothing across a branch. Otherwise it would look factors up in the midst of what
-        # is around the product, several times over, or copy those of all layers at the start.
         @custom_vmap
         def apart(x: jax.Array, factor: Selected) -> jax.Array:
-            out = jax.eval_shape(best, x, factor)
-            used = (factor.slot < factor.bank.shape[0]).any()
-            return jax.lax.cond(
-                used, best, lambda x, factor: jnp.zeros(out.shape, out.dtype), x, factor
-            )
+            return jax.lax.platform_dependent(x, factor, cpu=_apart(form), default=form)
 
         # Under one more vmap, a branch would copy the bank for each.
-        apart.def_vmap(lambda size, batched, *args: _mapped(best, batched, *args))
+        apart.def_vmap(lambda size, batched, *args: _mapped(form, batched, *args))
         product = jax.custom_jvp(apart)
         product.defjvp(self._derivative, symbolic_zeros=True)
         return product(x, factor)
@@ -162,122 +172,66 @@ class MixedProduct:
         return NamedSharding(meshes[0], distinct(names.get(n) for n in self.out))
 
     def _derivative(self, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        # By a form whose transposition is no more expensive: of the fused one, each term would have
-        # a gradient of the whole bank. What it looks up is not kept for the backward pass.
+        # By products of looked-up factors: of the fused form, the transpose has for each term a
+        # gradient of the whole bank. What is looked up is not kept for the backward pass.
         (x, factor), (dx, d_factor) = primals, tangents
         y = self._product(x, factor)
         dy = jnp.zeros_like(y)
         if not isinstance(dx, SymbolicZero):
-            dy = dy + jax.checkpoint(self._linear)(dx, factor, factor.bank)
+            dy = dy + jax.checkpoint(self.gather)(dx, factor)
         if not isinstance(d_factor.bank, SymbolicZero):
             change = dataclasses.replace(factor, bank=d_factor.bank)
-            dy = dy + jax.checkpoint(self._linear)(x, change, factor.bank)
+            dy = dy + jax.checkpoint(self.gather)(x, change)
         return y, dy
 
-    def _linear(self, x: jax.Array, factor: Selected, bank: jax.Array) -> jax.Array:
-        costs = self.costs(x, factor)
-        if costs["gather"] <= costs["all"]:
-            return self.gather(x, factor)
-        return self.all(x, factor, finite=jnp.isfinite(bank[(slice(None), *factor.steps)]))
-
-    def costs(self, x: Any, factor: Any) -> dict[str, float]:
-        """What each form costs that there is, as `cost.op` counts.
+    def fusible(self, x: Any, factor: Any) -> bool:
+        """Whether each factor, whose first axis is the rank, meets one row or makes one.
 
         Args:
-            x: The operand, or its shape and dtype.
-            factor: The factor, or its shapes and dtypes.
+            x: The operand, or its shape.
+            factor: The factor, or its shapes.
         """
-        sizes = self._sizes(x, factor)
-
-        def count(letters: Iterable[str]) -> int:
-            return math.prod(sizes[n] for n in letters)
-
-        def cost(flops: float, elements: float) -> float:
-            return op(flops, elements, jnp.dtype(self.dtype).itemsize)
-
-        slots, one = factor.bank.shape[0], count(self.factor)
-        own, outer = count(self.ids) * one, count(self.x) + count(self.out)
-        flops = 2 * count({*self.x, *self.factor, *self.ids})
-        small = slots * min(count(self.x), count(self.out))
-        costs = {
-            "gather": cost(0, 2 * own) + cost(flops, own + outer),
-            "all": cost(slots * flops, slots * one + outer + small) + cost(2 * small, 2 * small),
-        }
-        if self._fusible(factor):
-            costs["fused"] = cost(_ELEMENTWISE * flops, own + outer)
-        return costs
-
-    def _fusible(self, factor: Any) -> bool:
-        """Whether it sums over a factor's first axis, the rank, and keeps the rest; or reversed."""
-        summed = "".join(n for n in self.factor if n not in self.out)
-        kept = "".join(n for n in self.factor if n not in self.x)
-        first, rest = self.factor[:1], self.factor[1:]
-        simple = (summed, kept) in ((first, rest), (rest, first)) and set(self.ids) <= set(self.x)
-        return simple and factor.shape[0] <= _MOST_TERMS
+        rank, features = self.factor[:1], self.factor[1:]
+        sizes, rows = self._sizes(x, factor), self._rows()
+        whole = any(
+            {*self.x} == {*self.ids, *rows, *summed} and {*self.out} == {*self.ids, *rows, *kept}
+            for summed, kept in ((rank, features), (features, rank))
+        )
+        return whole and math.prod(sizes[n] for n in rows) == 1 and sizes[rank] <= _MOST_TERMS
 
     def gather(self, x: jax.Array, factor: Selected) -> jax.Array:
         """The selected factors side by side, and a product."""
         own = _own(factor.bank, (factor.slot, *factor.steps))
         return self._einsum(f"{self.x},{self.ids}{self.factor}->{self.out}", x, own)
 
-    def all(self, x: jax.Array, factor: Selected, finite: jax.Array | None = None) -> jax.Array:
-        """The product with the factors of all slots, of which each example keeps its own.
-
-        As zero times infinity is not zero, what is not finite in one slot would reach the examples
-        of all others. It is left out, and the results of that slot alone are NaN.
-
-        Args:
-            x: The operand.
-            factor: The factor.
-            finite: Which elements of the bank are; those that are by default.
-        """
-        bank = factor.bank[(slice(None), *factor.steps)]
-        finite = jnp.isfinite(bank) if finite is None else finite
-        bank = jnp.where(finite, bank, jnp.zeros_like(bank))
-        slots, s, sizes = bank.shape[0], self._unused(), self._sizes(x, factor)
-        chosen = jax.nn.one_hot(factor.slot, slots, dtype=self.dtype)
-        if math.prod(sizes[n] for n in self.out) <= x.size:
-            every = self._einsum(f"{self.x},{s}{self.factor}->{self.out}{s}", x, bank)
-            chosen = chosen.astype(every.dtype)
-            y = jnp.einsum(f"{self.out}{s},{self.ids}{s}->{self.out}", every, chosen)
-        else:
-            both = f"{self.ids}{''.join(n for n in self.x if n not in self.ids)}{s}"
-            spread = jnp.einsum(f"{self.x},{self.ids}{s}->{both}", x.astype(self.dtype), chosen)
-            y = self._einsum(f"{both},{s}{self.factor}->{self.out}", spread, bank)
-        sound = finite.reshape(slots, -1).all(1).at[factor.slot].get(mode="fill", fill_value=True)
-        sound = sound.reshape([sizes[n] if n in self.ids else 1 for n in self.out])
-        return jnp.where(sound, y, jnp.full_like(y, jnp.nan))
-
     def fused(self, x: jax.Array, factor: Selected) -> jax.Array:
         """A sum of outer products, which XLA computes together with the lookup, without a copy."""
         wide, sizes = wider(self.dtype, "float32"), self._sizes(x, factor)
-        first, rest = self.factor[:1], self.factor[1:]
-        summed, kept = (first, rest) if first in self.x else (rest, first)
-        rows = "".join(n for n in self.x if n not in self.factor + self.ids)
-        x = jnp.transpose(x, [self.x.index(n) for n in self.ids + rows + summed])
-        height = math.prod(sizes[n] for n in rows)
-        x = x.reshape(*factor.slot.shape, height, -1).astype(wide)
+        rank, features = self.factor[:1], self.factor[1:]
+        summed, kept = (rank, features) if rank in self.x else (features, rank)
+        x = jnp.transpose(x, [self.x.index(n) for n in self.ids + self._rows() + summed])
+        x = x.reshape(*factor.slot.shape, -1).astype(wide)
 
-        slots, features = factor.bank.shape[0], math.prod(factor.shape[1:])
-        bank = factor.bank.reshape(*factor.bank.shape[: 2 + len(factor.steps)], features)
-        exists = (factor.slot < slots)[..., None, None, None]
-        at = (jnp.minimum(factor.slot, slots - 1), *factor.steps)
+        bank = factor.bank.reshape(*factor.bank.shape[: 2 + len(factor.steps)], -1)
+        exists = factor.slot < bank.shape[0]
+        at = (jnp.where(exists, factor.slot, 0), *factor.steps)
 
-        def own(ranks: slice, part: slice) -> jax.Array:
-            """``[*ids, 1, ranks, part]``: a part of the selected factors, for all rows."""
-            taken = bank.at[(*at, ranks, part)].get(mode="promise_in_bounds")[..., None, :, :]
-            return jnp.where(exists, taken, jnp.zeros_like(taken)).astype(wide)
+        def own(*part: Any) -> jax.Array:
+            """``[*ids, ...]``: a part of the selected factors, of any one where there is none."""
+            return bank.at[(*at, *part)].get(mode="promise_in_bounds").astype(wide)
 
-        if summed == first:
-            ranks = (slice(k, k + 1) for k in range(sizes[first]))
-            terms = [x[..., rank] * own(rank, slice(None))[..., 0, :] for rank in ranks]
+        if summed == rank:
+            terms = [x[..., k, None] * own(k) for k in range(sizes[rank])]
             y = sum(terms[1:], start=terms[0])
         else:
-            width = features // max(n for n in range(1, _PARTS + 1) if features % n == 0)
-            parts = (slice(k, k + width) for k in range(0, features, width))
+            # Sums of vectors, and in the end one along them, for which processors are not made.
+            width = x.shape[-1] // max(n for n in range(1, _PARTS + 1) if x.shape[-1] % n == 0)
+            parts = (slice(k, k + width) for k in range(0, x.shape[-1], width))
             terms = [x[..., None, part] * own(slice(None), part) for part in parts]
-            y = sum(terms[1:], start=terms[0]) @ jnp.ones(width, wide)
-        letters = self.ids + rows + kept
+            y = sum(terms[1:], start=terms[0])
+            y = jnp.matmul(y, jnp.ones(width, wide), precision="highest")
+        y = jnp.where(exists[..., None], y, jnp.zeros_like(y))
+        letters = self.ids + self._rows() + kept
         y = y.reshape([sizes[n] for n in letters])
         dtype = dict(self.options).get("preferred_element_type") or self.dtype
         return jnp.transpose(y, [letters.index(n) for n in self.out]).astype(dtype)
@@ -291,6 +245,10 @@ class MixedProduct:
         """The size of the axis that each letter is."""
         letters, shape = self.factor + self.ids + self.x, factor.shape + factor.slot.shape + x.shape
         return dict(zip(letters, shape, strict=True))
+
+    def _rows(self) -> str:
+        """The letters of the rows for which each factor is one."""
+        return "".join(n for n in self.x if n not in self.factor + self.ids)
 
     def _unused(self) -> str:
         used = {*self.x, *self.ids, *self.factor, *self.out}
