@@ -32,6 +32,18 @@ def pytest_report_header() -> str:
 QUICK = {"xla_backend_optimization_level": 0}
 
 
+_COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: _COMPILED.append(name) if "backend_compile" in name else None
+)
+
+
+@pytest.fixture(scope="session")
+def compiled_programs() -> Callable[[], int]:
+    """How many programs XLA has compiled in this process so far, those of single operations too."""
+    return lambda: len(_COMPILED)
+
+
 @pytest.fixture(autouse=True)
 def _strict_dtypes() -> Iterator[None]:
     with jax.numpy_dtype_promotion("strict"):
@@ -129,6 +141,19 @@ def planned(filled: Callable[..., jl.Adapter]) -> Callable[..., jl.Adapter]:
         return filled(fresh, seed)
 
     return adapter
+
+
+@pytest.fixture(scope="session")
+def float64() -> Callable[..., Any]:
+    """``float64(fun, *trees)``: what a function makes of the trees in float64, as numpy arrays."""
+
+    def run(fun: Callable[..., Any], *trees: Any) -> Any:
+        with _enable_x64(True):
+            wide = jax.tree.map(_not_numpy, _wide(trees))
+            out = jax.jit(fun, compiler_options=QUICK)(*wide)
+            return jax.tree.map(np.asarray, out)
+
+    return run
 
 
 @pytest.fixture(scope="session")
