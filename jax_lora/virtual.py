@@ -185,9 +185,9 @@ class Selected:
         return self.bank.dtype
 
     @property
-    def per_token(self) -> bool:
-        """Whether each token selects a factor of its own."""
-        return self.slot.ndim > 0
+    def exists(self) -> jax.Array:
+        """Whether the slot is one of those that there are."""
+        return self.slot < self.bank.shape[0]
 
     def at_step(self, index: jax.Array) -> Selected:
         """The factor of one layer, where the first of its axes is a stack of them."""

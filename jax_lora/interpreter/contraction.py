@@ -105,10 +105,12 @@ def low_rank_einsum(
         return product(x_letters, near, kept, x, factor, hidden_sharding)
 
     def from_rank(hidden: jax.Array) -> jax.Array:
-        scale = weight.scale
-        if scale.ndim:  # one for each token
-            scale = jnp.expand_dims(scale, [k for k, n in enumerate(kept) if n != token])
-        hidden = _scaled(hidden, scale, dtype=dtype)
+        # One scale, or one for each token.
+        others = [k for k, n in enumerate(kept) if n != token] if weight.scale.ndim else []
+        hidden = _scaled(hidden, jnp.expand_dims(weight.scale, others), dtype=dtype)
+        if isinstance(near_factor, Selected):  # zeros times infinities are not zero
+            exists = jnp.expand_dims(near_factor.exists, others)
+            hidden = jnp.where(exists, hidden, jnp.zeros_like(hidden))
         return product(kept, far, reached_out, hidden, far_factor, out_sharding)
 
     def product(
@@ -216,7 +218,8 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
 
     token = ""
     if weight.selects and weight.scale.ndim:
-        weight, axis = interpreter.tokens.place(weight, eqn, 1 - side)
+        summed = frozenset(contract[1 - side])
+        weight, axis = interpreter.tokens.place(weight, eqn, 1 - side, summed)
         token = "" if axis is None else letters[1 - side][axis]
     gain = [letters[side][i] for i in weight.gain_axes if i != RANK]
     gain_first = not set(gain) <= set(out_letters)

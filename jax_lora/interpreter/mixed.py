@@ -103,10 +103,8 @@ def _apart(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def branch(x: jax.Array, factor: Selected) -> jax.Array:
         out = jax.eval_shape(form, x, factor)
-        used = (factor.slot < factor.bank.shape[0]).any()
-        return jax.lax.cond(
-            used, form, lambda x, factor: jnp.zeros(out.shape, out.dtype), x, factor
-        )
+        nothing = lambda x, factor: jnp.zeros(out.shape, out.dtype)  # noqa: E731
+        return jax.lax.cond(factor.exists.any(), form, nothing, x, factor)
 
     return branch
 
@@ -213,8 +211,7 @@ class MixedProduct:
         x = x.reshape(*factor.slot.shape, -1).astype(wide)
 
         bank = factor.bank.reshape(*factor.bank.shape[: 2 + len(factor.steps)], -1)
-        exists = factor.slot < bank.shape[0]
-        at = (jnp.where(exists, factor.slot, 0), *factor.steps)
+        at = (jnp.where(factor.exists, factor.slot, 0), *factor.steps)
 
         def own(*part: Any) -> jax.Array:
             """``[*ids, ...]``: a part of the selected factors, of any one where there is none."""
@@ -230,7 +227,7 @@ class MixedProduct:
             terms = [x[..., None, part] * own(slice(None), part) for part in parts]
             y = sum(terms[1:], start=terms[0])
             y = jnp.matmul(y, jnp.ones(width, wide), precision="highest")
-        y = jnp.where(exists[..., None], y, jnp.zeros_like(y))
+        y = jnp.where(factor.exists[..., None], y, jnp.zeros_like(y))
         letters = self.ids + self._rows() + kept
         y = y.reshape([sizes[n] for n in letters])
         dtype = dict(self.options).get("preferred_element_type") or self.dtype

@@ -237,10 +237,11 @@ def _conv(eqn: Any, tags: Tags, known: Any) -> Tag:
     if tags[0] is None or tags[1] is not None or params["batch_group_count"] != 1:
         return Tag({}, lost="conv_general_dilated")
     places = {numbers.lhs_spec[0]: numbers.out_spec[0]}
-    plain = zip(params["window_strides"], params["lhs_dilation"], strict=True)
-    for i, j, once in zip(numbers.lhs_spec[2:], numbers.out_spec[2:], plain, strict=True):
-        # Position t of the result is a window around position t, or one before it.
-        if once == (1, 1) and x.aval.shape[i] == eqn.outvars[0].aval.shape[j]:
+    plain = zip(params["window_strides"], params["lhs_dilation"], params["padding"], strict=True)
+    for i, j, (*once, pad) in zip(numbers.lhs_spec[2:], numbers.out_spec[2:], plain, strict=True):
+        # Position t of the result is a window that begins at t at the latest, and ends there or later.
+        same = x.aval.shape[i] == eqn.outvars[0].aval.shape[j]
+        if once == [1, 1] and min(pad) >= 0 and same:
             places[i] = j
     return tags[0].moved("conv_general_dilated", places)
 

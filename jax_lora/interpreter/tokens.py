@@ -9,7 +9,7 @@ keep each token's entries at its place along an axis. Behind others it is not kn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,16 @@ class TokenAxes:
         tags = [Tag({self._axes[i]: self._all}) if i in self._axes else None for i in inputs]
         _Walk(self._found).run(jaxpr, tags)
 
-    def place(self, weight: LoraWeight, eqn: Any, index: int) -> tuple[LoraWeight, int | None]:
+    def place(
+        self, weight: LoraWeight, eqn: Any, index: int, summed: Set[int] = frozenset()
+    ) -> tuple[LoraWeight, int | None]:
         """Whose the rows are that a weight meets.
 
         Args:
             weight: A weight whose factors each token selects.
             eqn: A product.
             index: Which of its inputs the weight meets.
+            summed: The axes of that input that it sums over.
 
         Returns:
             The weight with factors for the tokens in that input, and the axis along which these
@@ -57,13 +60,15 @@ class TokenAxes:
         """
         tags = self._found.get(id(eqn))
         tag = tags[index] if tags else None
-        if tag is not None and len(tag.axes) == 1:
+        if tag is not None and len(tag.axes) == 1 and not summed & tag.axes.keys():
             ((axis, tokens),) = tag.axes.items()
             return (weight if tokens == self._all else _of(weight, tokens)), axis
         if tag is not None and tag.token is not None:
             return _of(weight, tag.token), None
         if tag is None:
             found = "that does not depend on the tokens"
+        elif summed & tag.axes.keys():
+            found = "whose tokens it sums over"
         elif tag.axes:
             found = f"with several axes of tokens, {', '.join(str(i) for i in sorted(tag.axes))}"
         else:
