@@ -134,6 +134,55 @@ def test_training_moves_the_slots_that_are_used(world: World) -> None:
     np.testing.assert_array_equal(moved.scale, world.adapters["a"]["head"].scale)
 
 
+@pytest.mark.parametrize("order", ["in a scan", "for each id", "rematerialised", "forwards"])
+def test_derivatives_under_other_transformations(order: str, linear: tuple[Any, Any, Any]) -> None:
+    """Beside the factors looked up by hand. Steps of training are a scan; gradients are mapped."""
+    fun, params, x = linear
+    rng = np.random.default_rng(9)
+    slots = jl.Bank.empty(_plain(fun, params, x), 3, rank=2).entries["w"]
+    factors = {n: jnp.asarray(rng.normal(size=getattr(slots, n).shape), jnp.float32) for n in "ab"}
+    ids = np.array([[2, 0, -1, 2], [1, -1, -1, 1], [0, 0, 0, 0]])
+
+    def ours(factors: Any, ids: Any) -> Any:
+        bank = jl.Bank(jl.Adapter({"w": dataclasses.replace(slots, **factors, scale=half)}))
+        return (jl.apply_bank(fun, strict=True)(params, bank, ids, x) ** 2).sum()
+
+    def by_hand(factors: Any, ids: Any) -> Any:
+        own = {n: jnp.where((ids >= 0)[:, None, None], f[ids], 0) for n, f in factors.items()}
+        y = x @ params["w"] + 0.5 * jnp.einsum("eti,eri,ero->eto", x, own["a"], own["b"])
+        return (y**2).sum()
+
+    half, change = jnp.full(3, 0.5), jax.tree.map(jnp.sin, factors)
+
+    def derivative(loss: Any) -> Any:
+        def step(factors: Any, ids: Any) -> Any:
+            grads = jax.grad(loss)(factors, ids)
+            return jax.tree.map(lambda p, g: p - 0.01 * g, factors, grads), grads
+
+        return {
+            "in a scan": lambda: jax.lax.scan(jax.checkpoint(step), factors, ids)[1],
+            "for each id": lambda: jax.vmap(jax.grad(loss), in_axes=(None, 0))(factors, ids),
+            "rematerialised": lambda: jax.grad(jax.checkpoint(jax.jit(loss)))(factors, ids[0]),
+            "forwards": lambda: jax.jvp(lambda f: loss(f, ids[0]), (factors,), (change,)),
+        }[order]
+
+    found, wanted = (
+        jax.jit(derivative(loss), compiler_options=QUICK)() for loss in (ours, by_hand)
+    )
+    _close(found, wanted, 2e-5)
+    assert all(np.abs(leaf).max() > 1 for leaf in jax.tree.leaves(wanted))
+
+
+def test_infinite_rows_of_the_base(linear: tuple[Any, Any, Any]) -> None:
+    """Zero times infinity is not zero: what no adapter is selected for has no product with one."""
+    fun, _, x = linear
+    params, x = {"w": jnp.ones((6, 4))}, x.at[1, 2, 3].set(jnp.inf)
+    bank = jl.Bank.empty(_plain(fun, params, x), 2)
+    out = jax.jit(jl.apply_bank(fun, strict=True))(params, bank, np.array([-1, -1, 0, 0]), x)
+    np.testing.assert_array_equal(out[:2], (x @ params["w"])[:2])
+    assert np.isinf(out[1, 2]).all()
+
+
 @pytest.fixture(scope="module")
 def linear() -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(3)
