@@ -104,7 +104,8 @@ def _apart(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def branch(x: jax.Array, factor: Selected) -> jax.Array:
         out = jax.eval_shape(form, x, factor)
         nothing = lambda x, factor: jnp.zeros(out.shape, out.dtype)  # noqa: E731
-        return jax.lax.cond(factor.exists.any(), form, nothing, x, factor)
+        # In this order, as the second gives the result its type, of which the mesh is a part.
+        return jax.lax.cond(~factor.exists.any(), nothing, form, x, factor)
 
     return branch
 
