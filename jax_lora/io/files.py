@@ -10,6 +10,7 @@ damaged byte in a compressed chunk is otherwise read as another number without c
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import shutil
@@ -45,6 +46,8 @@ ARRAYS, TRAINING, CONFIG = "arrays", "training", "config"
 VERSION, READABLE = 3, (1, 2, 3)
 #: How the names of folders end that orbax writes into before it renames them.
 UNFINISHED = ".orbax-checkpoint-tmp*"
+#: Orbax numbers its saves for the whole process: two at a time wait for each other's signals.
+_one_at_a_time = threading.Lock()
 
 
 def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None:
@@ -59,6 +62,7 @@ def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None
         CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
     """
     path = Path(folder).expanduser().absolute()
+    check_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
             f"{folder}: expected a new or an empty folder, but it holds something; choose another"
@@ -71,17 +75,36 @@ def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None
     checked["crc32"] = checksum(checked)
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args[CONFIG] = ocp.args.JsonSave(checked)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.rmdir()  # it is empty, and orbax wants to make it
-        handler = ocp.CompositeCheckpointHandler()
-        with _quiet, _interrupts_deferred(), ocp.Checkpointer(handler) as saver:
-            saver.save(path, ocp.args.Composite(**args))
-    except Exception as error:  # whatever a full or read-only disk makes the storage layer raise
-        for partial in path.parent.glob(path.name + UNFINISHED):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    with _interrupts_deferred(), _one_at_a_time:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(path)  # of a process that was killed
+            if path.exists():
+                path.rmdir()  # it is empty, and orbax wants to make it
+            handler = ocp.CompositeCheckpointHandler()
+            with _quiet, ocp.Checkpointer(handler) as saver:
+                saver.save(path, ocp.args.Composite(**args))
+        except Exception as error:  # whatever a full or read-only disk makes the storage raise
+            _remove_unfinished(path)
+            raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+
+
+def _remove_unfinished(path: Path) -> None:
+    for partial in path.parent.glob(glob.escape(path.name) + UNFINISHED):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path under which orbax would lose the arrays, as it takes it for a pattern.
+
+    Raises:
+        CheckpointError: There is a bracket or a backslash in it.
+    """
+    if odd := {*path.as_posix()} & {"[", "\\"}:
+        raise CheckpointError(
+            f"{path}: expected a path without {' and '.join(sorted(odd))}, with which orbax writes "
+            "what it cannot read; choose another"
+        )
 
 
 def check_storable(folder: str | Path, tree: Any) -> None:

@@ -166,6 +166,7 @@ class Checkpoints:
                 f"{', '.join(map(str, there))}; restore one of them to go on, or choose another "
                 "folder"
             )
+        files.check_path(self.folder)
         try:
             self._lock = folders.lock(self.folder)
         except CheckpointError as error:

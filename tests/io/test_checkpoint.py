@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,35 @@ class TestRefusals:
             save()
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
         jl.io.load_params(tmp_path / "base")
+
+    def test_several_threads_at_a_time(self, tmp_path: Path, params: Any) -> None:
+        """As when an adapter is saved while a training writes its checkpoint."""
+        folders = [tmp_path / str(k) for k in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda folder: jl.io.save_params(folder, params), folders))
+        for folder in folders:
+            assert_same_bits(jl.io.load_params(folder)[0], params)
+
+    def test_what_a_killed_process_left_is_replaced(
+        self, tmp_path: Path, params: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        names = ("a*", "ab")  # of which the first is also a pattern for the second
+        for name in names:
+            (tmp_path / f"{name}.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)
+        jl.io.save_params(tmp_path / "a*", params)
+        present = sorted(path.name for path in tmp_path.iterdir())
+        assert present == ["a*", "ab.orbax-checkpoint-tmp"]
+        assert caplog.messages == []
+
+    @pytest.mark.parametrize("name", ["a[1]", "targets=[q,v]/base", "a\\b"])
+    def test_a_path_that_orbax_takes_for_a_pattern(
+        self, tmp_path: Path, params: Any, name: str
+    ) -> None:
+        with pytest.raises(jl.CheckpointError, match="expected a path without"):
+            jl.io.save_params(tmp_path / name, params)
+        with pytest.raises(jl.CheckpointError, match="expected a path without"):
+            jl.io.Checkpoints(tmp_path / name).claim()
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_target_that_cannot_be_made(self, tmp_path: Path, params: Any) -> None:
         (tmp_path / "file").write_text("hello")
