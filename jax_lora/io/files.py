@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - it is a dependency of
 import jax
 
 from jax_lora.adapter import leaves_by_path
-from jax_lora.errors import CheckpointError, JaxLoraError
+from jax_lora.errors import CheckpointError, ConfigError, JaxLoraError
 from jax_lora.io import guards
 
 ADAPTER, PARAMS = "jax_lora.adapter", "jax_lora.params"
@@ -73,6 +73,11 @@ def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None
     structures = {name: guards.structure(tree) for name, tree in items.items()}
     checked = {"version": VERSION, "structures": structures} | described | dict(document)
     checked["crc32"] = checksum(checked)
+    if (size := len(json.dumps(checked))) > guards.MAX_TEXT:
+        raise CheckpointError(
+            f"{folder}: expected at most {guards.MAX_TEXT:,} letters of metadata and names, which "
+            f"is what is read again, got {size:,}; keep long ones in files of their own"
+        )
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args[CONFIG] = ocp.args.JsonSave(checked)
     with _interrupts_deferred(), _one_at_a_time:
@@ -196,6 +201,30 @@ def read_arrays(folder: str | Path, document: Mapping[str, Any], item: str = ARR
             "the checkpoint from a copy"
         )
     return arrays
+
+
+def plain(what: str, data: Any) -> Any:
+    """A copy of JSON-able data, as it comes back from a file.
+
+    Raises:
+        ConfigError: Names everything that JSON does not have.
+    """
+    if odd := list(_not_json(what, data)):
+        raise ConfigError(f"expected what JSON has, got {', '.join(odd)}; convert it")
+    return json.loads(json.dumps(data))
+
+
+def _not_json(where: str, data: Any) -> Iterator[str]:
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            if not isinstance(name, (str, int, float, bool, type(None))):
+                yield f"{where}: the name {name!r}"
+            yield from _not_json(f"{where}/{name}", value)
+    elif isinstance(data, (list, tuple)):
+        for k, value in enumerate(data):
+            yield from _not_json(f"{where}/{k}", value)
+    elif not isinstance(data, (str, int, float, bool, type(None))):
+        yield f"{where}: {type(data).__name__}"
 
 
 def checksum(document: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jax_lora as jl
-from jax_lora.io import files
+from jax_lora.io import files, guards
 
 Files = dict[str, bytes]
 
@@ -264,9 +264,24 @@ class TestRefusals:
         assert files_of(tmp_path) == {"file": b"hello"}
 
     def test_metadata_that_is_not_json(self, tmp_path: Path, params: Any) -> None:
-        with pytest.raises(TypeError):
-            jl.io.save_params(tmp_path / "base", params, {"x": object()})
+        odd = {"x": object(), "list": [1, np.float32(2)], "fine": {"1": (None, 2.5)}, ("a",): 1}
+        with pytest.raises(jl.ConfigError) as caught:
+            jl.io.save_params(tmp_path / "base", params, odd)
+        assert str(caught.value) == (
+            "expected what JSON has, got metadata/x: object, metadata/list/1: float32, metadata: "
+            "the name ('a',); convert it"
+        )
         assert list(tmp_path.iterdir()) == []
+
+    def test_metadata_that_would_not_be_read_again(
+        self, tmp_path: Path, params: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(guards, "MAX_TEXT", 5000)
+        with pytest.raises(jl.CheckpointError, match=r"expected at most 5,000 letters of metadata"):
+            jl.io.save_params(tmp_path / "base", params, {"x": "a" * 5000})
+        assert list(tmp_path.iterdir()) == []
+        jl.io.save_params(tmp_path / "base", params, {"x": "a" * 2000})
+        assert jl.io.load_params(tmp_path / "base")[1] == {"x": "a" * 2000}
 
     def test_the_wrong_kind(self, base: Path, saved: Path) -> None:
         with pytest.raises(jl.CheckpointError, match=r"expected .*adapter.*found .*params"):
