@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,26 @@ def check_storable(folder: str | Path, tree: Any) -> None:
     """Refuse a tree that orbax cannot store.
 
     Raises:
-        CheckpointError: Names every leaf that is no array with something in it.
+        CheckpointError: Names every leaf that is no array with something in it, or those of which
+            orbax would keep only one.
     """
-    odd = [path for path, leaf in leaves_by_path(tree).items() if not _is_storable(leaf)]
-    if odd or not jax.tree.leaves(tree):
+    leaves = leaves_by_path(tree)
+    odd = [path for path, leaf in leaves.items() if not _is_storable(leaf)]
+    if odd or not leaves:
         what = f"found other leaves at {', '.join(odd)}" if odd else "found none"
         raise CheckpointError(f"{folder}: expected a tree of arrays that are not empty, {what}")
+    stored = Counter(path.replace("/", ".") for path in leaves)
+    if same := [path for path in leaves if stored[path.replace("/", ".")] > 1]:
+        raise CheckpointError(
+            f"{folder}: expected names that differ also where a dot is a slash, as orbax has it, "
+            f"got {', '.join(same)}; rename one"
+        )
 
 
 def _is_storable(leaf: Any) -> bool:
     # A typed PRNG key has an extended dtype; numpy knows none of these.
     plain = hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    return plain and np.size(leaf) > 0
+    return plain and np.size(leaf) > 0 and np.dtype(leaf.dtype).isnative
 
 
 def read_document(folder: str | Path, *formats: str) -> dict[str, Any]:

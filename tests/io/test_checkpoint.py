@@ -203,7 +203,14 @@ class TestRefusals:
         jl.io.load_params(tmp_path / "empty")
 
     @pytest.mark.parametrize(
-        "leaves", [{}, {"w": "text"}, {"w": jnp.zeros((0, 3))}, {"w": jax.random.key(0)}]
+        "leaves",
+        [
+            {},
+            {"w": "text"},
+            {"w": jnp.zeros((0, 3))},
+            {"w": jax.random.key(0)},
+            {"w": np.ones(2, ">f4")},
+        ],
     )
     def test_what_is_no_array_is_refused_before_anything_is_written(
         self, tmp_path: Path, leaves: Any
@@ -212,6 +219,12 @@ class TestRefusals:
             jl.CheckpointError, match="expected a tree of arrays that are not empty"
         ):
             jl.io.save_params(tmp_path / "base", leaves)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_names_of_which_orbax_keeps_one(self, tmp_path: Path) -> None:
+        both = {"a": {"b": jnp.ones(1)}, "a.b": jnp.zeros(1), "a.c": jnp.ones(1)}
+        with pytest.raises(jl.CheckpointError, match=r"got a/b, a\.b; rename one"):
+            jl.io.save_params(tmp_path / "base", both)
         assert list(tmp_path.iterdir()) == []
 
     def test_ctrl_c_while_saving_waits_for_the_save(self, tmp_path: Path, params: Any) -> None:
