@@ -309,7 +309,7 @@ class Checkpoints:
                 return step, found
             raise CheckpointError(
                 f"{first_error}; {_last_good(step)}: restore(step={step}), or "
-                "restore(fall_back=True), goes on from there"
+                "restore(fall_back=True), or --fall-back of a script, goes on from there"
             ) from first_error
         assert first_error is not None
         raise CheckpointError(f"{first_error}; {_last_good(None)}") from first_error
