@@ -26,10 +26,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "interpreter lowrank",
         "initializers",
         "variants",
-        "transform optim training io dropout",
-        "discover algebra combine extract",
-        "selection peft",
-        "plan summary",
+        "slots transform optim training io dropout",
+        "bank discover algebra combine extract",
+        "apply_bank selection peft",
+        "plan summary serving",
         "from_data",
     )
 )

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_lora import io, peft
 from jax_lora.adapter import Adapter, check_fits
 from jax_lora.errors import AdapterError, CheckpointError, ConfigError, near_misses
+from jax_lora.io import load_adapter
+from jax_lora.peft import load as load_peft
 
 _PEFT_CONFIG = "adapter_config.json"
 
@@ -75,12 +76,12 @@ class AdapterFolder:
             raise AdapterError(f"{self._root}: no adapter {name!r} ({near_misses(name, self)})")
         folder = self._root / name
         if not (folder / _PEFT_CONFIG).exists():
-            adapter, _, _ = io.load_adapter(folder, self._params)
+            adapter, _, _ = load_adapter(folder, self._params)
             return adapter
         if self._names is None or self._layouts is None:
             raise CheckpointError(
                 f"{folder}: PEFT wrote this adapter; expected names and layouts, got none"
             )
-        adapter = peft.load(folder, self._params, self._names, self._layouts).adapter
+        adapter = load_peft(folder, self._params, self._names, self._layouts).adapter
         check_fits(self._params, adapter)
         return adapter
