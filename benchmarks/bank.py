@@ -238,14 +238,20 @@ def measure_forms(repeats: int, sizes: Sequence[tuple[int, int, int, int]]) -> l
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
     for examples, rows, slots, width in sizes:
-        x, a, b = normal(examples, rows, width), normal(slots, RANK, width), normal(slots, RANK, width)
+        x, a, b = (
+            normal(examples, rows, width),
+            normal(slots, RANK, width),
+            normal(slots, RANK, width),
+        )
         ids = jnp.asarray(rng.integers(slots, size=examples), jnp.int32)
         forms = {"gather": form_of_ours("gather")}
         if rows == 1:
             forms["fused"] = form_of_ours("fused")
         if 4 * examples * rows * slots * RANK * width < _MOST_FLOPS:
             forms |= {"one_hot": one_hot, "ragged": ragged}
-        compiled = {name: jax.jit(form).lower(x, a, b, ids).compile() for name, form in forms.items()}
+        compiled = {
+            name: jax.jit(form).lower(x, a, b, ids).compile() for name, form in forms.items()
+        }
         expected = np.asarray(compiled["gather"](x, a, b, ids))
         for run in compiled.values():
             close = np.abs(np.asarray(run(x, a, b, ids)) - expected).max()

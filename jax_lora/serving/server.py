@@ -146,7 +146,13 @@ class Server:
         leaves, self._treedef = jax.tree.flatten(example)
         self._expected = [x if hasattr(x, "shape") else np.asarray(x) for x in leaves]
         self._load, self._params = load, jax.tree.map(_on_device, params)
-        self._run = jax.jit(apply_bank(fun))
+        run = jax.jit(apply_bank(fun))
+        # Programs, and not functions: the worker's thread has none of this thread's contexts, such
+        # as a precision or a mesh, and would compile anew.
+        self._programs = {
+            size: run.lower(self._params, bank, *self._filled(size, [])).compile()
+            for size in self._sizes
+        }
         self._stats = Stats()
 
         # All of these change under the lock alone.
@@ -156,11 +162,14 @@ class Server:
         self._waiting: dict[str, list[_Request]] = {}  # for their adapter to be loaded
         self._loaded: dict[str, Adapter] = {}  # for a slot
 
-        for size in self._sizes:
-            self._computed(size, [])
-        self._loaders = ThreadPoolExecutor(self._config.loaders, "jax_lora-loader")
         # A daemon, so that a server that nobody closes keeps no process alive.
         self._worker = threading.Thread(target=self._work, name="jax_lora-server", daemon=True)
+        self._threads = {self._worker}  # in which the callbacks of futures run
+        self._loaders = ThreadPoolExecutor(
+            self._config.loaders,
+            "jax_lora-loader",
+            initializer=lambda: self._threads.add(threading.current_thread()),
+        )
         self._worker.start()
 
     def submit(self, name: str | None, *args: Any) -> Future[Any]:
@@ -202,7 +211,7 @@ class Server:
         return dataclasses.replace(self._stats)
 
     def close(self, *, cancel: bool = False) -> None:
-        """Take no more requests, and return when all are answered.
+        """Take no more requests, and return when all are answered; at once in a future's callback.
 
         Args:
             cancel: Cancel the requests that no batch has yet.
@@ -213,7 +222,7 @@ class Server:
             self._changed.notify()
         for request in left:
             request.future.cancel()
-        if threading.current_thread() is not self._worker:  # a callback of a future may close
+        if threading.current_thread() not in self._threads:
             self._worker.join()
             self._loaders.shutdown(wait=not cancel, cancel_futures=cancel)
 
@@ -301,6 +310,8 @@ class Server:
                 left = [*(batch or []), *self._leave_all()]
             _fail((request for request in left if not request.future.done()), error)
             raise
+        finally:
+            self._loaders.shutdown(wait=False)
 
     def _next_batch(self) -> list[_Request] | None:
         """The requests of the next batch, when it is time; None when there will be none."""
@@ -370,16 +381,20 @@ class Server:
             request.future.set_result(jax.tree.unflatten(outputs[1], own))
 
     def _computed(self, size: int, batch: list[_Request]) -> tuple[list[np.ndarray], Any]:
-        """The outputs for a batch, filled up with zeros for the base; and their structure."""
+        """The outputs for a batch, and their structure."""
+        inputs = self._filled(size, batch)
+        out = self._programs[size](self._params, self._residents.bank, *inputs)
+        leaves, structure = jax.tree.flatten(out)
+        return [np.asarray(leaf) for leaf in leaves], structure
+
+    def _filled(self, size: int, batch: list[_Request]) -> tuple[Any, ...]:
+        """The ids and the arguments of a batch, filled up with zeros for the base."""
         names = [request.name for request in batch] + [None] * (size - len(batch))
         arrays = [np.zeros((size, *x.shape), x.dtype) for x in self._expected]
         for k, request in enumerate(batch):
             for array, own in zip(arrays, request.leaves, strict=True):
                 array[k] = own
-        args = jax.tree.unflatten(self._treedef, arrays)
-        out = self._run(self._params, self._residents.bank, self._residents.ids(names), *args)
-        leaves, structure = jax.tree.flatten(out)
-        return [np.asarray(leaf) for leaf in leaves], structure
+        return self._residents.ids(names), *jax.tree.unflatten(self._treedef, arrays)
 
 
 def _fail(requests: Iterable[_Request], error: BaseException) -> None:

@@ -208,8 +208,12 @@ def test_every_kind_of_adapter_beside_plain_ones(
     plain = jl.Adapter({"w": filled(_plain(fun, params, x), seed=1)["w"]})
     ready = jl.cache_norms(params, adapter)
     bank = jl.Bank.empty(ready, 3, rank=4).add("kind", ready).add("plain", plain)
-    out = jl.apply_bank(fun, strict=True)(params, bank, bank.ids(["kind", None, "plain", "kind"]), x)
-    wanted = [jl.apply(fun)(params, one, x[k]) for k, one in ((0, adapter), (2, plain), (3, adapter))]
+    out = jl.apply_bank(fun, strict=True)(
+        params, bank, bank.ids(["kind", None, "plain", "kind"]), x
+    )
+    wanted = [
+        jl.apply(fun)(params, one, x[k]) for k, one in ((0, adapter), (2, plain), (3, adapter))
+    ]
     _close(out[np.array([0, 2, 3])], jnp.stack(wanted))
     np.testing.assert_array_equal(out[1], (x @ params["w"])[1])
     assert np.abs(np.asarray(out[0] - x[0] @ params["w"])).max() > 0.1
@@ -346,7 +350,9 @@ def test_arguments_that_do_not_fit(linear: tuple[Any, Any, Any]) -> None:
         jl.apply_bank(fun, in_axes=3)(params, bank, ids, x)
     with pytest.raises(jl.ConfigError, match="a tree prefix of the 1 arguments after the ids"):
         jl.apply_bank(fun, in_axes=(0, 0))(params, bank, ids, x)
-    with pytest.raises(jl.AdapterError, match=r"outputs with the axis of the examples at out_axes=1"):
+    with pytest.raises(
+        jl.AdapterError, match=r"outputs with the axis of the examples at out_axes=1"
+    ):
         jl.apply_bank(fun, out_axes=1)(params, bank, ids, x)
     with pytest.raises(jl.AdapterError, match="w: made for shape"):
         adapted({"w": x}, bank, ids, x)

@@ -186,7 +186,9 @@ def test_all_that_does_not_fit_is_one_error(world: World, entry: Callable[..., A
     lines = str(caught.value).splitlines()
     assert lines[0] == "the adapter does not fit the bank:"
     assert lines[1].startswith("  layers/op: not a parameter of the bank (nearest: 'layers/up'")
-    assert lines[2].startswith("  layers/up: expected a, b of shapes ((2, 8, 2), (2, 2, 12)), found")
+    assert lines[2].startswith(
+        "  layers/up: expected a, b of shapes ((2, 8, 2), (2, 2, 12)), found"
+    )
     assert lines[3].startswith("  table: expected Layout(shape=(11, 8), in_axes=(0,)")
     with pytest.raises(jl.AdapterError, match="layers/up: expected rank 2 at most, got 3"):
         bank.add("large", jl.select(world.adapters["b"], ["table", "layers/up"]))

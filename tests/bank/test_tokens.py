@@ -198,7 +198,9 @@ def test_what_only_one_adapter_can_do(normal: Any, planned: Any) -> None:
     bank = jl.Bank.empty(adapter, 2).add("one", adapter)
     ids = bank.ids([["one"] * 4] * 2)
     run = jl.apply_bank(lambda p, x: x @ jnp.tanh(p["w"]), token_axes=1)
-    with pytest.raises(jl.MaterializeError, match="w: the adapted weight reaches `tanh`; with an id"):
+    with pytest.raises(
+        jl.MaterializeError, match="w: the adapted weight reaches `tanh`; with an id"
+    ):
         run(params, bank, ids, x)
     run = jl.apply_bank(lambda p, x: x @ p["w"], token_axes=1)
     for odd, expected in ((ids[:, :3], r"as many tokens as ids of an example, 3"), (ids[0], "ids")):
