@@ -1,13 +1,13 @@
-"""A batch with an adapter for each example beside the same batch on one adapter, and what a bank costs.
+"""A bank: a batch with an adapter for each example beside the same batch on one adapter.
 
 A transformer of four layers has a thousand adapters resident in a bank, of rank 8 for all of its
 matrices. Shown are, as medians of ratios in one run, the time of a batch of 64 examples with 64
 different adapters over that of the same batch on one adapter by `apply`; and the times of adding
 and replacing an adapter, with what they compile, which is counted.
 
-With --forms, the products themselves instead: the two forms that the library has beside the two that
-it does not, the product with all slots of which each example keeps its own (one-hot), and the
-ragged product of the examples sorted by slot.
+With --forms, the products themselves instead: the two forms that the library has beside two that it
+has not, the product with all slots of which each example keeps its own (one-hot), and the ragged
+product of the examples sorted by slot.
 
 Usage:
     python benchmarks/bank.py --save benchmarks/results/bank.json
@@ -20,6 +20,7 @@ less than 5 ms, compiling nothing.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -41,6 +42,8 @@ from jax_lora.virtual import Selected
 
 LAYERS, HEAD, RANK = 4, 64, 8
 RATIO, WRITE_MS = 1.3, 5.0
+#: Beside the wall time that of the processor, which hardly depends on what else the machine does.
+WRITES = ("add_ms", "replace_ms", "add_processor_ms", "replace_processor_ms")
 #: Adapters with values of their own; the slots have them in turn.
 DISTINCT = 16
 #: Examples, rows of each, slots, inputs (as many as outputs), for rank 8.
@@ -48,6 +51,7 @@ SIZES = (
     *((64, rows, slots, 512) for slots in (1000, 32, 8) for rows in (1, 16, 64)),
     (512, 1, 8, 2048),
 )
+FORMS = ("gather", "fused", "one_hot", "ragged")
 #: Forms that take more arithmetic than this are left out.
 _MOST_FLOPS = 2e10
 
@@ -55,9 +59,12 @@ _MOST_FLOPS = 2e10
 def count_compilations() -> Callable[[], int]:
     """How many programs XLA has compiled since."""
     found: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: found.append(name) if "backend_compile" in name else None
-    )
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: len(found)
 
 
@@ -99,7 +106,7 @@ def make_model(width: int, rng: np.random.Generator) -> tuple[Any, list[jl.Adapt
     ]
     example = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
     plan = jl.plan(model, params, example, config=jl.LoraConfig(rank=RANK))
-    fresh = jl.init(jax.random.key(0), params, plan)
+    fresh: Any = jl.init(jax.random.key(0), params, plan)
     adapters = [
         jl.Adapter(
             {
@@ -122,23 +129,22 @@ def measure_bank(
     bank = bank.add("0", adapters[0])
     jax.block_until_ready(bank.entries)
     before = compiled()
-    times: dict[str, list[float]] = {"add": [], "replace": []}
+    times: dict[str, list[float]] = {name: [] for name in WRITES}
 
-    def timed(kind: str, write: Callable[[], jl.Bank]) -> jl.Bank:
-        start = time.perf_counter()
-        bank = write()
+    def timed(kind: str, write: Callable[..., jl.Bank], slot: int) -> jl.Bank:
+        start, start_cpu = time.perf_counter(), time.process_time()
+        bank = write(f"{slot}", adapters[slot % DISTINCT])
         jax.block_until_ready(bank.entries)
-        times[kind].append(1e3 * (time.perf_counter() - start))
+        times[f"{kind}_ms"].append(1e3 * (time.perf_counter() - start))
+        times[f"{kind}_processor_ms"].append(1e3 * (time.process_time() - start_cpu))
         return bank
 
     for slot in range(1, slots):
-        bank = timed("add", lambda: bank.add(f"{slot}", adapters[slot % DISTINCT]))  # noqa: B023
+        bank = timed("add", bank.add, slot)
     for slot in rng.integers(slots, size=max(repeats, 100)):
-        bank = timed("replace", lambda: bank.replace(f"{slot}", adapters[slot % DISTINCT]))  # noqa: B023
-    writing = {
-        "compiled": compiled() - before,
-        **{f"{kind}_ms": spread(found) for kind, found in times.items()},
-    }
+        bank = timed("replace", bank.replace, int(slot))
+    writing: dict[str, Any] = {"compiled": compiled() - before}
+    writing |= {name: spread(found) for name, found in times.items()}
     batches = [
         measure_batch(params, adapters, bank, rng, batch, length, repeats) for length in tokens
     ]
@@ -238,11 +244,7 @@ def measure_forms(repeats: int, sizes: Sequence[tuple[int, int, int, int]]) -> l
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
     for examples, rows, slots, width in sizes:
-        x, a, b = (
-            normal(examples, rows, width),
-            normal(slots, RANK, width),
-            normal(slots, RANK, width),
-        )
+        x, a, b = (normal(*n, width) for n in ((examples, rows), (slots, RANK), (slots, RANK)))
         ids = jnp.asarray(rng.integers(slots, size=examples), jnp.int32)
         forms = {"gather": form_of_ours("gather")}
         if rows == 1:
@@ -256,16 +258,12 @@ def measure_forms(repeats: int, sizes: Sequence[tuple[int, int, int, int]]) -> l
         for run in compiled.values():
             close = np.abs(np.asarray(run(x, a, b, ids)) - expected).max()
             assert close <= 1e-5 * np.abs(expected).max()
-        times = in_turns(
-            {name: lambda run=run: run(x, a, b, ids) for name, run in compiled.items()}, repeats
-        )
+        runs = {name: functools.partial(run, x, a, b, ids) for name, run in compiled.items()}
+        times = in_turns(runs, repeats)
         found = {name: spread(times[name]) if name in times else None for name in FORMS}
         shape = {"examples": examples, "rows": rows, "slots": slots, "width": width}
         results.append({**shape, **{f"{name}_ms": value for name, value in found.items()}})
     return results
-
-
-FORMS = ("gather", "fused", "one_hot", "ragged")
 
 
 def table_of_batches(results: dict[str, Any]) -> str:

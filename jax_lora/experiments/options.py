@@ -32,6 +32,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "save_every_steps": (1, _NO_LIMIT),
     "save_every_minutes": (0, _NO_LIMIT),
     "keep": (1, _NO_LIMIT),
+    "requests": (1, _NO_LIMIT),
 }
 
 

@@ -239,7 +239,8 @@ def _conv(eqn: Any, tags: Tags, known: Any) -> Tag:
     places = {numbers.lhs_spec[0]: numbers.out_spec[0]}
     plain = zip(params["window_strides"], params["lhs_dilation"], params["padding"], strict=True)
     for i, j, (*once, pad) in zip(numbers.lhs_spec[2:], numbers.out_spec[2:], plain, strict=True):
-        # Position t of the result is a window that begins at t at the latest, and ends there or later.
+        # Position t of the result is a window that begins at t at the latest, and does not end
+        # before it.
         same = x.aval.shape[i] == eqn.outvars[0].aval.shape[j]
         if once == [1, 1] and min(pad) >= 0 and same:
             places[i] = j

@@ -1,4 +1,4 @@
-"""A small transformer: scanned and rematerialised layers, a table that is also a head, and a head."""
+"""A small transformer: scanned, rematerialised layers, a table that is also a head, and a head."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model(params: Any, tokens: Any) -> Any:
 
 
 def of_each_token(stacks: Any, slots: Any, tokens: Any) -> Any:
-    """The same with other weights for each token: ``stacks`` has an axis in front of each weight."""
+    """The same with other weights for each token: ``stacks`` has one axis more for each weight."""
 
     def dense(path: str, x: Any, k: Any = None) -> Any:
         w = stacks[path][slots] if k is None else stacks[path][slots][:, :, k]

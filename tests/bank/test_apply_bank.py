@@ -1,4 +1,4 @@
-"""A mixed batch is what each example is by itself: in values, in gradients, and in what it refuses."""
+"""A mixed batch is what each example is by itself: in values, gradients, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import jax_lora as jl
-from tests.bank.small import NAMES, World, make_world, model
+from tests.bank.small import NAMES, World, model
 from tests.conftest import QUICK
 
 #: Of the largest output.
@@ -232,11 +232,11 @@ def test_kinds_that_a_bank_does_not_hold(linear: tuple[Any, Any, Any]) -> None:
         return jl.init(jax.random.key(0), params, plan)
 
     dora, plain = made(jl.Rule("w", variant="dora")), made(jl.Rule("w"))
-    with pytest.raises(jl.AdapterError, match="w: DoRA without norms.*those of `cache_norms`"):
+    with pytest.raises(jl.AdapterError, match=r"w: DoRA without norms.*those of `cache_norms`"):
         jl.Bank.empty(dora, 2)
     with pytest.raises(jl.AdapterError, match="w: expected no DoRA, as the bank was made like"):
         jl.Bank.empty(plain, 2).add("dora", jl.cache_norms(params, dora))
-    with pytest.raises(jl.AdapterError, match="w: .*what is trained whole has no factors"):
+    with pytest.raises(jl.AdapterError, match=r"w: .*what is trained whole has no factors"):
         jl.Bank.empty(plain, 2).add("full", made(jl.Rule("w", variant="full")))
     bank = jl.Bank.empty(jl.cache_norms(params, dora), 2).add("plain", plain)
     with pytest.raises(jl.AdapterError, match="w: expected factors alone, got a bank with DoRA's"):
@@ -337,7 +337,7 @@ def test_arguments_that_do_not_fit(linear: tuple[Any, Any, Any]) -> None:
     adapter = _plain(fun, params, x)
     bank = jl.Bank.empty(adapter, 2).add("one", adapter)
     ids, adapted = bank.ids(["one"] * 4), jl.apply_bank(fun)
-    with pytest.raises(jl.AdapterError, match="expected a bank .*got Adapter"):
+    with pytest.raises(jl.AdapterError, match=r"expected a bank .*got Adapter"):
         adapted(params, adapter, ids, x)
     for odd in (ids.astype(np.float32), ids[:, None], 1):
         with pytest.raises(jl.AdapterError, match=r"expected ids as integers of shape \[batch\]"):

@@ -1,4 +1,4 @@
-"""Products with factors out of a bank: both forms, what each reads and copies, and what stays out."""
+"""Products with factors out of a bank: both forms, what each reads and copies, what stays out."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 @pytest.fixture(scope="module")
 def root(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of ours ``a`` and ``b``, of PEFT ``c`` and ``d``; one broken of each, and one of another base."""
+    """Of ours ``a``, ``b``, of PEFT ``c``, ``d``; one broken of each, and one of another base."""
     root = tmp_path_factory.mktemp("adapters")
     for name in "ab":
         jl.io.save_adapter(root / name, world.adapters[name], base=world.params)

@@ -1,4 +1,4 @@
-"""The server: batches of requests, adapters that come and go, and errors that stay where they are."""
+"""The server: batches of requests, adapters that come and go, errors that stay where they are."""
 
 from __future__ import annotations
 
@@ -297,12 +297,17 @@ class TestTheEnd:
 
     def test_an_error_cancels_what_waits(self, world: World, serve: Serve, shelf: Shelf) -> None:
         shelf.gate.clear()
-        with (
-            pytest.raises(KeyboardInterrupt),
-            serve(world.bank(2, "b"), shelf, max_wait=LONG) as server,
-        ):
-            futures = [server.submit(name, world.examples[0]) for name in ("a", "b", None)]
-            raise KeyboardInterrupt
+        futures: list[Future[Any]] = []
+
+        def interrupted(server: jl.serving.Server) -> None:
+            with server:
+                futures.extend(server.submit(name, world.examples[0]) for name in ("a", "b", None))
+                raise KeyboardInterrupt
+
+        server = serve(world.bank(2, "b"), shelf, max_wait=LONG)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(server)
+        assert len(futures) == 3
         assert all(future.cancelled() for future in futures)
         shelf.gate.set()
         assert server.stats.requests == 0
