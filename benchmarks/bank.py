@@ -177,10 +177,11 @@ def measure_batch(
     for k in range(0, batch, max(1, batch // 8)):
         own = np.asarray(single(params, adapters[ids[k] % DISTINCT], x))[k]
         errors.append(float(np.abs(out[k] - own).max() / np.abs(own).max()))
-    times = in_turns(runs, repeats)
+    times = in_turns(runs, max(5, repeats * 16 // max(16, tokens)))
     ratios = [a / b for a, b in zip(times["mixed"], times["single"], strict=True)]
     return {
         "tokens": tokens,
+        "rounds": len(times["mixed"]),
         "adapters": len(set(ids.tolist())),
         "ratio": spread(ratios),
         "largest_error": max(errors),
@@ -237,7 +238,7 @@ def form_of_ours(name: str) -> Callable[..., jax.Array]:
 
 
 def measure_forms(repeats: int, sizes: Sequence[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
-    """The times of ``(x a) b`` in each form, with which the first agrees; None if it is left out."""
+    """The times of ``(x a) b`` in each form, all of which agree; None for those left out."""
     results, rng = [], np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:

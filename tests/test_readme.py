@@ -33,7 +33,7 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 6  # the last in tests/peft/test_readme.py
+    assert len(blocks) == 7  # the last in tests/peft/test_readme.py
     # optax.adam itself mixes dtypes, which the strict promotion of these tests refuses.
     with jax.numpy_dtype_promotion("standard"):
         exec(blocks[0], names)
@@ -67,10 +67,29 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
         "params/l2/kernel": ("lora", 8, 0.0),
         "params/l2/bias": ("full", 0, 0.0),
     }
-    check_training(names | trained, blocks[4], tmp_path / "my-run")
+    check_bank(names | trained, blocks[4])
+    check_training(names | trained, blocks[5], tmp_path / "my-run")
     base = model.apply(params, x)
     for fresh in (adapter, names["noisy"]):
         np.testing.assert_array_equal(jl.apply(model.apply)(params, fresh, x), base)
+
+
+def check_bank(names, block):
+    """Each row is that of its adapter; one comes from the folder."""
+    own = names["adapter"]
+    french, german, italian = (jl.scale(own, factor) for factor in (1.0, 300.0, 600.0))
+    jl.io.save_adapter("adapters/italian", italian, base=names["params"])
+    names |= {"french": french, "german": german}
+    exec(block, names)
+
+    def row(adapter, k):
+        return jl.apply(names["model"].apply)(names["params"], adapter, names["x"])[k]
+
+    for k, adapter in enumerate((french, german, jl.scale(own, 0.0))):
+        np.testing.assert_allclose(names["y"][k], row(adapter, k), rtol=1e-5, atol=1e-6)
+    for k, adapter in enumerate((french, italian, jl.scale(own, 0.0))):
+        np.testing.assert_allclose(names["rows"][k], row(adapter, 0), rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(row(italian, 0) - row(german, 0)).max()) > 1e-3
 
 
 def check_training(names, block, folder):
