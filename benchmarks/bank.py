@@ -54,7 +54,7 @@ SIZES = (
 )
 FORMS = ("gather", "fused", "one_hot", "ragged")
 #: Forms that take more arithmetic than this are left out.
-_MOST_FLOPS = 2e10
+_MOST_FLOPS = 3e9
 
 
 def count_compilations() -> Callable[[], int]:

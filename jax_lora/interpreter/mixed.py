@@ -8,7 +8,7 @@ is for the whole batch one of two forms:
   memory traffic. A sum of outer products, which XLA computes together with the lookup, reads every
   factor once instead of three times.
 
-Two more lost at all sizes that were measured (benchmarks/bank.py): the product with the factors of
+Two more lost where they were measured (benchmarks/bank.py --forms): the product with the factors of
 all slots, of which each example keeps its own, and a ragged product of the examples sorted by slot.
 """
 
