@@ -153,10 +153,11 @@ def _stacked(y: Any) -> Any:
         name: (0, *(i if i == RANK else i + 1 for i in axes))
         for name, (_, axes) in y.parts().items()
     }
+    frame = jax.tree.map(lambda _: None, y)  # without its arrays, which are those of the step
 
     def rebuild(ys: dict[str, Any]) -> LoraWeight:
         parts = {name: (ys[name], axes) for name, axes in labels.items()}
-        return y.with_parts(ys["w"], parts, scale=jnp.ones((), ys["b"].dtype))
+        return frame.with_parts(ys["w"], parts, scale=jnp.ones((), ys["b"].dtype))
 
     return rebuild
 
