@@ -101,16 +101,22 @@ def _split_scanned(weight: LoraWeight) -> tuple[Any, Any]:
     return scanned, rebuild
 
 
+def scan_groups(eqn: Any) -> tuple[int, int]:
+    """How many constants a scan has, the first of its inputs, and how many values it carries."""
+    # From the shapes and not from params, whose names changed between versions: scanned inputs and
+    # stacked outputs have one more axis outside than inside.
+    jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+    num_xs = sum(_outer_axis(o, i) for o, i in zip(eqn.invars, jaxpr.invars, strict=True))
+    num_ys = sum(_outer_axis(o, i) for o, i in zip(eqn.outvars, jaxpr.outvars, strict=True))
+    num_carry = len(jaxpr.outvars) - num_ys
+    return len(jaxpr.invars) - num_xs - num_carry, num_carry
+
+
 @rule("scan")
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     params = eqn.params
     jaxpr, jaxpr_consts = open_jaxpr(params["jaxpr"])
-    # The group sizes come from the shapes, not from params, whose names changed between versions:
-    # scanned inputs and stacked outputs have one more axis outside than inside.
-    num_xs = sum(_outer_axis(o, i) for o, i in zip(eqn.invars, jaxpr.invars, strict=True))
-    num_ys = sum(_outer_axis(o, i) for o, i in zip(eqn.outvars, jaxpr.outvars, strict=True))
-    num_carry = len(jaxpr.outvars) - num_ys
-    num_consts = len(jaxpr.invars) - num_xs - num_carry
+    num_consts, num_carry = scan_groups(eqn)
     consts, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
     xs = values[num_consts + num_carry :]
 
