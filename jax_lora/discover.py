@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from jax_lora.adapter import Layout, leaves_by_path
+from jax_lora.errors import ConfigError
 from jax_lora.interpreter.control import scan_groups
 from jax_lora.interpreter.core import is_literal, open_jaxpr
 from jax_lora.interpreter.lookup import picked_axes
 from jax_lora.probes import Probe, Probes, joined, picked, restructured, united
-from jax_lora.transform import Traced
+from jax_lora.transform import Traced, check_callable
 
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
 _CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
@@ -86,6 +88,9 @@ def discover(
         with an empty tuple, the parameters that the function never uses. Leaves of ``params`` that
         are not arrays are left out.
 
+    Raises:
+        ConfigError: ``fun`` is no function, or the size of an argument is symbolic.
+
     Example:
         >>> import jax.numpy as jnp
         >>> uses = discover(lambda p, x: x @ p["w"] + p["b"],
@@ -94,7 +99,15 @@ def discover(
         >>> use.primitive, use.in_axes, use.out_axes, use.multiply_adds
         ('dot_general', (0,), (1,), 24)
     """
+    check_callable(fun)
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
+    shapes = [leaf.shape for leaf in leaves if hasattr(leaf, "shape")]
+    symbolic = [s for s in shapes if not all(isinstance(n, numbers.Integral) for n in s)]
+    if symbolic:
+        raise ConfigError(
+            f"expected example arguments whose sizes are numbers, got one of shape {symbolic[0]}; "
+            "take any number where the parameters do not depend on it, as for a batch"
+        )
     traced = Traced(fun, leaves, treedef)
     paths = list(leaves_by_path(params))
     arrays = [paths[i] for i in traced.array_leaves if i < len(paths)]

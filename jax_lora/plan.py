@@ -12,7 +12,7 @@ import jax
 from jax_lora.adapter import Adapter, Entry, leaves_by_path, param_key
 from jax_lora.config import LoraConfig
 from jax_lora.discover import discover
-from jax_lora.errors import AdapterError, expect_type, near_misses
+from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
 from jax_lora.initializers import FROM_WEIGHT
 from jax_lora.interpreter import Interpreter
 from jax_lora.rules import Mode
@@ -200,7 +200,8 @@ def plan(
             earlier ones take all it matches; one that names what cannot be adapted, or a parameter
             that the function never uses; layers that do not exist, or that are stacked in one
             parameter. All of them at once, with the nearest paths.
-        ConfigError: A rank that exceeds min(in, out) of every weight it is for.
+        ConfigError: A rank that exceeds min(in, out) of every weight it is for; arguments that
+            cannot be examples, or a first one that is no function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -219,6 +220,10 @@ def plan(
     """
     config = LoraConfig() if config is None else config
     expect_type("a configuration", config, LoraConfig)
+    if any(isinstance(arg, LoraConfig) for arg in args):
+        raise ConfigError(
+            "expected example arguments of the function, got a LoraConfig; pass config=... by name"
+        )
     uses = discover(fun, params, *args, **kwargs)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if path in uses}
     targets, skipped = select(config, leaves, uses)
