@@ -75,6 +75,11 @@ def combine(
       probability ``density`` and divides it by that, so that the expectation is the sum.
     - ``"dare_ties"``: as ``"ties"``, with ``drop`` in place of ``trim``.
 
+    PEFT's ``add_weighted_adapter`` has the same updates under the names ``cat``, ``svd``,
+    ``magnitude_prune_svd`` and, for equal weights, ``ties_svd``, which elects the sign before the
+    weights; ``dare_linear_svd`` and ``dare_ties_svd`` draw from torch. Its combinations without
+    ``svd`` prune and add the ``a_i`` and ``b_i`` apart, which is left out like its ``linear``.
+
     The last four form each ``dW_i``, and truncate the result to ``rank``. TIES trims the whole task
     vector at once; here each matrix is trimmed on its own, one of a stack as one that is alone, so
     that what becomes of a weight depends on no other. Like there, the mean does not grow with the
