@@ -18,6 +18,7 @@ from jax_lora.adapter import (
     check_plain,
     leaves_by_path,
     param_key,
+    real_array,
 )
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
@@ -269,7 +270,7 @@ def _check_weights(weights: Any, count: int) -> list[jax.Array]:
             f"expected one weight for each of the {count} adapters, an array of shape ({count},) "
             f"or a list of scalars; got {got}"
         )
-    return [jnp.asarray(weights[i]) for i in range(count)]
+    return [real_array(f"weight {i}", weights[i]) for i in range(count)]
 
 
 def _check_layouts(adapters: Sequence[Adapter]) -> None:

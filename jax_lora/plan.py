@@ -9,7 +9,14 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import Adapter, Entry, leaves_by_path, param_key
+from jax_lora.adapter import (
+    Adapter,
+    Entry,
+    check_key,
+    is_inexact,
+    leaves_by_path,
+    param_key,
+)
 from jax_lora.config import LoraConfig
 from jax_lora.discover import discover
 from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
@@ -287,7 +294,9 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
 
     Raises:
         AdapterError: The parameters are not those of the plan.
+        ConfigError: The key is none.
     """
+    check_key(key)
     expect_type("a plan", plan, Plan)
     leaves = leaves_by_path(params)
     problems = []
@@ -295,6 +304,8 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
         if path not in leaves or tuple(leaves[path].shape) != target.shape:
             found = tuple(leaves[path].shape) if path in leaves else near_misses(path, leaves)
             problems.append(f"{path}: expected shape {target.shape}, found {found}")
+        elif not is_inexact(leaves[path]):
+            problems.append(f"{path}: expected floats, found {leaves[path].dtype}")
     if problems:
         raise AdapterError("these are not the planned parameters:\n  " + "\n  ".join(problems))
     return _fresh(key, {path: leaves[path] for path in plan.targets}, plan)

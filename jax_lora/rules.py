@@ -359,12 +359,19 @@ def matching_paths(globs: str | Iterable[str], paths: Iterable[str]) -> set[str]
 
     Raises:
         TargetError: Names every pattern that matches nothing, with the nearest paths.
+        ConfigError: What is no pattern.
 
     Example:
         >>> sorted(matching_paths(("l1/*", "**/bias"), ["l1/kernel", "l2/kernel", "l2/bias"]))
         ['l1/kernel', 'l2/bias']
     """
+    if not isinstance(globs, Iterable):
+        raise ConfigError(f"expected globs over parameter paths, got {globs!r}")
     globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    if odd := [glob for glob in globs if not isinstance(glob, str)]:
+        raise ConfigError(f"expected globs over parameter paths, got {odd[0]!r} among them")
+    if bad := [problem for glob in globs for problem in pattern_problems(glob)]:
+        raise ConfigError("; ".join(bad))
     paths = list(paths)
     found = {glob: {path for path in paths if path_matches(glob, path)} for glob in globs}
     problems = [f"{glob!r} ({meant(glob, paths)})" for glob in globs if not found[glob]]

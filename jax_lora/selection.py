@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax_lora.adapter import Layout, Settings, Variant
 from jax_lora.config import LoraConfig
 from jax_lora.discover import MATRIX_USES, Use, low_rank_multiply_adds
-from jax_lora.errors import ConfigError, TargetError, near_misses
+from jax_lora.errors import ConfigError, TargetError
 from jax_lora.initializers import FROM_WEIGHT
 from jax_lora.rules import ALL_LINEAR, PRESETS, Mode, Rule, meant, path_matches
 from jax_lora.tables import spans
