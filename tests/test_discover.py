@@ -460,6 +460,13 @@ def test_matrices_picked_by_an_index_are_a_stack() -> None:
     assert (q.stack_axes, q.in_axes, q.out_axes) == ((), (0,), (1,))
     assert experts.multiply_adds == 4 * 8 * 6
 
+    def one(p: Any, x: Any, expert: Any) -> Any:
+        return x @ p["experts"][expert]
+
+    (use,) = jl.discover(one, params, jnp.ones((4, 8)), jnp.int32(1))["experts"]
+    assert (use.stack_axes, use.in_axes, use.out_axes) == ((0,), (1,), (2,))
+    assert use.multiply_adds == 4 * 8 * 6
+
 
 def test_a_sum_is_a_weight_only_with_a_term_that_no_input_reaches() -> None:
     params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
