@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter, Entry, Layout, check_plain, leaves_by_path
-from jax_lora.errors import AdapterError, ConfigError, near_misses
+from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
+from jax_lora.linalg import singular_values
 from jax_lora.lowrank import (
     Approximation,
     check_rank,
@@ -101,7 +102,8 @@ def extract(
         )
     before, after = leaves_by_path(base), leaves_by_path(tuned)
     layouts = getattr(layouts, "targets", layouts)
-    known = {path: _layout_of(x) for path, x in layouts.items()}
+    expect_type("layouts by path, as plan.targets has them", layouts, Mapping)
+    known = {path: _layout_of(path, x) for path, x in layouts.items()}
     _check_trees(before, after, known, ignore)
     entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
@@ -188,11 +190,16 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
     return Approximation(Adapter(entries), errors)
 
 
-def _layout_of(known: Layout | HasLayout) -> Layout | None:
+def _layout_of(path: str, known: Layout | HasLayout) -> Layout | None:
     """The roles of a weight's axes; None if it is to be a value trained whole."""
     if isinstance(known, Layout):
         return known
     whole = isinstance(known, FullValue) or getattr(known, "variant", "") == FullValue.NAME
+    if not whole and not hasattr(known, "layout"):
+        raise AdapterError(
+            f"{path}: expected a Layout or what has one, as plan.targets and adapters do, got "
+            f"{type(known).__name__}"
+        )
     return None if whole else known.layout
 
 
@@ -203,7 +210,7 @@ def _rank_of_energy(matrices: jax.Array, energy: Any) -> int:
             "expected concrete parameters with energy, which reads the rank off their values, got "
             "traced ones; call extract outside of jax.jit, or pass rank"
         )
-    s = np.asarray(jnp.linalg.svd(matrices, compute_uv=False), np.float64)
+    s = np.asarray(singular_values(matrices), np.float64)
     kept = np.cumsum((s.reshape(-1, s.shape[-1]) ** 2).sum(0))
     return max(1, int(np.searchsorted(kept, energy * kept[-1])) + 1) if kept[-1] > 0 else 1
 
