@@ -56,16 +56,12 @@ def _constrain(values: list[Any], shardings: tuple[Any, ...]) -> list[Any]:
     return [constrain(v, s) for v, s in zip(values, shardings, strict=True)]
 
 
-<<<<<<< HEAD
-@rule("closed_call", "core_call", "core_closed_call", "call", takes_selected=True)
-=======
 @rule("optimization_barrier")
 def _barrier(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return lax.optimization_barrier(values)
 
 
-@rule("closed_call", "core_call", "core_closed_call", "call")
->>>>>>> main
+@rule("closed_call", "core_call", "core_closed_call", "call", takes_selected=True)
 def _call(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     jaxpr, consts = open_jaxpr(eqn.params["call_jaxpr"])
     return interpreter.run(jaxpr, consts, values)
