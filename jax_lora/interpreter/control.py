@@ -106,9 +106,6 @@ def _split_scanned(weight: LoraWeight) -> tuple[Any, Any]:
     return scanned, rebuild
 
 
-<<<<<<< HEAD
-@rule("scan", takes_selected=True)
-=======
 def scan_groups(eqn: Any) -> tuple[int, int]:
     """How many constants a scan has, the first of its inputs, and how many values it carries."""
     # From the shapes and not from params, whose names changed between versions: scanned inputs and
@@ -120,8 +117,7 @@ def scan_groups(eqn: Any) -> tuple[int, int]:
     return len(jaxpr.invars) - num_xs - num_carry, num_carry
 
 
-@rule("scan")
->>>>>>> main
+@rule("scan", takes_selected=True)
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     params = eqn.params
     jaxpr, jaxpr_consts = open_jaxpr(params["jaxpr"])

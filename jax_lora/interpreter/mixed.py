@@ -8,8 +8,9 @@ is for the whole batch one of two forms:
   memory traffic. A sum of outer products, which XLA computes together with the lookup, reads every
   factor once instead of three times.
 
-Two more lost where they were measured (benchmarks/bank.py --forms): the product with the factors of
-all slots, of which each example keeps its own, and a ragged product of the examples sorted by slot.
+Two more lose (benchmarks/bank.py --forms): the product with the factors of all slots, of which each
+example keeps its own, was measured to be faster with one row and as few as 8 slots alone, and a
+ragged product of the examples sorted by slot never.
 """
 
 from __future__ import annotations
