@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "discover algebra combine extract",
         "selection peft",
         "plan summary",
-        "from_data",
+        "from_data sweep",
     )
 )
 FACADE = "jax_lora"
