@@ -1,6 +1,6 @@
 """Training as pure functions: a state, a step, and an epoch that is one compiled program.
 
-A step is ``(state, batch) -> (state, metrics)``. `epoch_over_arrays` scans it over batches
+A step is ``(state, batch) -> (state, metrics)``. `epoch_over_arrays` repeats it over batches
 gathered from arrays on the device, `epoch_over_batches` over a chunk of batches from anywhere, and
 `evaluate` averages over a data set. `DataParallel` compiles each of them, with `jit` over a mesh of
 devices or with `pmap`.
@@ -26,8 +26,9 @@ from jax.sharding import PartitionSpec as P
 from jax_lora.errors import ConfigError
 
 DATA_AXIS = "data"
-#: ``loss_fun(trained, frozen, batch) -> [batch_size]``: the loss of each example, in float32.
-LossFun = Callable[[Any, Any, Any], jax.Array]
+#: ``loss_fun(trained, frozen, batch) -> [batch_size]``: the loss of each example, in float32. With
+#: a key in the state: ``loss_fun(trained, frozen, batch, key)``, another key in every step.
+LossFun = Callable[..., jax.Array]
 Metrics = dict[str, jax.Array]
 #: ``metric_fun(trained, frozen, batch) -> {name: [batch_size]}``: metrics of each example.
 MetricFun = Callable[[Any, Any, Any], Metrics]
@@ -43,19 +44,26 @@ class TrainState:
         trained: The tree that is differentiated: an adapter, or a model's parameters.
         frozen: The tree that is not: the base parameters beside an adapter, or ``None``.
         opt_state: The optimizer's state, over ``trained`` alone.
+        key: The key of the run, a typed PRNG key, for a loss that is random, such as with dropout;
+            otherwise ``None``.
     """
 
     step: jax.Array
     trained: Any
     frozen: Any
     opt_state: optax.OptState
+    key: jax.Array | None = None
 
     @classmethod
     def create(
-        cls, trained: Any, optimizer: optax.GradientTransformation, frozen: Any = None
+        cls,
+        trained: Any,
+        optimizer: optax.GradientTransformation,
+        frozen: Any = None,
+        key: jax.Array | None = None,
     ) -> TrainState:
         """A state at step 0 with a fresh optimizer."""
-        return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
+        return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), key)
 
 
 class Batch(NamedTuple):
@@ -79,13 +87,15 @@ def train_step(
     """A training step ``(state, batch) -> (state, metrics)``, not yet compiled.
 
     The loss is ``sum(weight * loss_fun(...)) / sum(weight)`` over the whole batch, and only
-    ``state.trained`` is differentiated.
+    ``state.trained`` is differentiated. The key of a step is ``fold_in(state.key, state.step)``, so
+    that a step is the same wherever a run was interrupted before it.
 
     Args:
         loss_fun: The loss of each example.
         optimizer: The optimizer whose state ``state.opt_state`` is.
         axis_name: The mapped axis over which the batch is split, under `jax.pmap`; sums then run
-            over all devices. Not needed under `jit`, where the batch is one sharded array.
+            over all devices, and each has a key of its own, ``fold_in(key, index)``. Not needed
+            under `jit`, where the batch is one sharded array.
 
     Returns:
         The step; its metrics are ``{"loss": scalar}``.
@@ -94,11 +104,17 @@ def train_step(
     def total(x: Any) -> Any:
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
+    def keys(state: TrainState) -> tuple[jax.Array, ...]:
+        if state.key is None:
+            return ()
+        key = jax.random.fold_in(state.key, state.step)
+        return (key if axis_name is None else _fold_in_index(key, axis_name),)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         examples = total(batch.weight.sum())
 
         def loss(trained: Any) -> jax.Array:
-            losses = loss_fun(trained, state.frozen, batch.data)
+            losses = loss_fun(trained, state.frozen, batch.data, *keys(state))
             return (batch.weight * losses).sum() / examples
 
         value, grads = jax.value_and_grad(loss)(state.trained)
@@ -112,6 +128,10 @@ def train_step(
         return state, {"loss": total(value)}
 
     return step
+
+
+def _fold_in_index(key: jax.Array, axis_name: str) -> jax.Array:
+    return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def epoch_order(key: jax.Array, examples: int, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -136,24 +156,39 @@ def _as_batches(order: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array
 
 
 def epoch_over_arrays(
-    step: Step, state: TrainState, arrays: Any, batches: tuple[jax.Array, jax.Array]
+    step: Step,
+    state: TrainState,
+    arrays: Any,
+    batches: tuple[jax.Array, jax.Array],
+    start: jax.Array | int = 0,
+    stop: jax.Array | int | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One epoch as one `lax.scan`, gathering each batch from arrays on the device.
+    """One epoch as one loop, gathering each batch from arrays on the device.
+
+    Of an epoch that is done in parts, with ``start`` and ``stop`` as arguments of the compiled
+    function, all parts run the same program: the result has the same bits wherever it was cut.
 
     Args:
         step: The training step.
         state: The state before.
         arrays: A pytree of arrays ``[examples, ...]``.
         batches: ``(indices, weights)`` as from `epoch_order`, ``[steps, batch_size]`` each.
+        start: The first step to do, counted in the epoch.
+        stop: The step to stop before; by default all are done.
 
     Returns:
-        The state after, and the metrics of every step, ``[steps]`` each.
+        The state after, and the metrics of every step, ``[steps]`` each; zero for steps not done.
     """
-    return _scan(step, state, lambda xs: _gather(arrays, xs), batches)
+
+    def batch(index: Any) -> Batch:
+        return _gather(arrays, *_at(index, batches))
+
+    steps = len(batches[0])
+    return _loop(step, state, batch, steps, start, steps if stop is None else stop)
 
 
 def epoch_over_batches(step: Step, state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
-    """A chunk of an epoch as one `lax.scan`: for data that does not fit on the device.
+    """A chunk of an epoch as one loop: for data that does not fit on the device.
 
     Args:
         step: The training step.
@@ -163,7 +198,36 @@ def epoch_over_batches(step: Step, state: TrainState, batches: Batch) -> tuple[T
     Returns:
         The state after, and the metrics of every step, ``[steps]`` each.
     """
-    return _scan(step, state, lambda batch: batch, batches)
+    steps = len(batches.weight)
+    return _loop(step, state, lambda index: _at(index, batches), steps, 0, steps)
+
+
+def _loop(
+    step: Step,
+    state: TrainState,
+    batch: Callable[[Any], Batch],
+    steps: int,
+    start: jax.Array | int,
+    stop: jax.Array | int,
+) -> tuple[TrainState, Metrics]:
+    """Steps ``start`` to ``stop`` of ``steps``, with the metrics of all."""
+    # The frozen tree and the key are constants of the loop, not a part of what it carries.
+    constant: dict[str, Any] = {"frozen": state.frozen, "key": state.key}
+    nothing: dict[str, Any] = dict.fromkeys(constant)
+
+    def one(state: TrainState, index: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = step(dataclasses.replace(state, **constant), batch(index))
+        return dataclasses.replace(state, **nothing), metrics
+
+    def body(index: Any, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, metrics = one(carry[0], index)
+        return state, jax.tree.map(lambda kept, new: kept.at[index].set(new), carry[1], metrics)
+
+    state = dataclasses.replace(state, **nothing)
+    _, shapes = jax.eval_shape(one, state, jnp.int32(0))
+    metrics = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
+    state, metrics = jax.lax.fori_loop(start, stop, body, (state, metrics))
+    return dataclasses.replace(state, **constant), metrics
 
 
 def evaluate(
@@ -190,7 +254,7 @@ def evaluate(
     """
 
     def body(carry: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[Any, jax.Array]]:
-        batch = _gather(arrays, xs)
+        batch = _gather(arrays, *xs)
         values = metric_fun(trained, frozen, batch.data)
         sums = jax.tree.map(lambda v: (v.astype(jnp.float32) * batch.weight).sum(), values)
         return None, (sums, batch.weight.sum())
@@ -202,24 +266,13 @@ def evaluate(
     return jax.tree.map(lambda v: v / examples, sums)
 
 
-def _gather(arrays: Any, xs: tuple[jax.Array, jax.Array]) -> Batch:
-    indices, weights = xs
+def _gather(arrays: Any, indices: jax.Array, weights: jax.Array) -> Batch:
+    return Batch(_at(indices, arrays), weights)
+
+
+def _at(index: Any, tree: Any) -> Any:
     # A numpy array would not take a traced index.
-    return Batch(jax.tree.map(lambda array: jnp.asarray(array)[indices], arrays), weights)
-
-
-def _scan(
-    step: Step, state: TrainState, batch: Callable[[Any], Batch], xs: Any
-) -> tuple[TrainState, Metrics]:
-    # The frozen tree is a constant of the loop, not a part of what it carries.
-    frozen = state.frozen
-
-    def body(carry: TrainState, x: Any) -> tuple[TrainState, Metrics]:
-        carry, metrics = step(dataclasses.replace(carry, frozen=frozen), batch(x))
-        return dataclasses.replace(carry, frozen=None), metrics
-
-    state, metrics = jax.lax.scan(body, dataclasses.replace(state, frozen=None), xs)
-    return dataclasses.replace(state, frozen=frozen), metrics
+    return jax.tree.map(lambda array: jnp.asarray(array)[index], tree)
 
 
 def stream(

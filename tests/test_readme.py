@@ -25,6 +25,7 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
         "model": model,
         "params": params,
         "x": x,
+        "jl": jl,
         "y": jnp.array([0, 1, 2, 0, 1]),
         "loss_fun": lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(
             logits, y
@@ -32,10 +33,11 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 5  # the last in tests/peft/test_readme.py
+    assert len(blocks) == 6  # the last in tests/peft/test_readme.py
     # optax.adam itself mixes dtypes, which the strict promotion of these tests refuses.
     with jax.numpy_dtype_promotion("standard"):
         exec(blocks[0], names)
+    trained = {name: names[name] for name in ("adapter", "plan", "opt_state")}
     adapter, plan = names["adapter"], names["plan"]
     assert set(plan.targets) == {"params/l1/kernel", "params/l2/kernel"}
     # Adam's first step moves each b by the learning rate, as every b has a gradient.
@@ -65,9 +67,32 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
         "params/l2/kernel": ("lora", 8, 0.0),
         "params/l2/bias": ("full", 0, 0.0),
     }
+    check_training(names | trained, blocks[4], tmp_path / "my-run")
     base = model.apply(params, x)
     for fresh in (adapter, names["noisy"]):
         np.testing.assert_array_equal(jl.apply(model.apply)(params, fresh, x), base)
+
+
+def check_training(names, block, folder):
+    """It counts to 30, also when it is interrupted in between."""
+    done = []
+
+    def train(adapter, opt_state, step):
+        done.append(step)
+        if step == 25 and done.count(25) == 1:
+            raise KeyboardInterrupt
+        return jax.tree.map(lambda x: x * 0 + step, adapter), opt_state
+
+    names["train"] = train
+    with pytest.raises(KeyboardInterrupt):
+        exec(block, dict(names))
+    last = max(names["jl"].io.Checkpoints(folder).steps)
+    assert last in (10, 20, 21, 22, 23, 24)
+    exec(block, names)
+    assert done == [*range(1, 26), *range(last + 1, 31)]
+    found, config, _ = jl.io.load_adapter(folder / "30", names["params"])
+    assert all((leaf == 30).all() for leaf in jax.tree.leaves(found))
+    assert config == names["plan"].config
 
 
 def test_the_tree_names_what_exists():

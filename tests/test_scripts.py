@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_lora as jl
+from jax_lora.experiments.epochs import Resident
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -333,6 +334,79 @@ def start(processes: list[subprocess.Popen[str]], name: str, *arguments: Any, **
     process = subprocess.Popen(command, env=environment, **pipes)
     processes.append(process)
     return process
+
+
+RESUME = (*TINY_LORA, "--dropout", "0.2", "--save-every-steps", "5")
+
+
+@pytest.fixture(scope="module")
+def interrupted(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter trained in one go, and the checkpoints of one that was not."""
+    folder, base = tmp_path_factory.mktemp("resume"), ("--base", saved / "base")
+    plain = (*TINY_LORA, "--dropout", "0.2", *base, "--out", folder / "plain")
+    assert run_script("finetune_lora", *plain) == 0
+    run_steps = Resident.__call__
+
+    def until(self: Any, state: Any, *arguments: Any) -> Any:
+        if int(state.step) >= 30:
+            raise KeyboardInterrupt
+        return run_steps(self, state, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Resident, "__call__", until)
+        assert run_script("finetune_lora", *RESUME, *base, "--out", folder / "lora") == 130
+    return folder
+
+
+class TestResume:
+    def test_goes_on_in_the_middle_of_an_epoch(
+        self, run: Run, saved: Path, interrupted: Path
+    ) -> None:
+        steps = interrupted / "lora-checkpoints"
+        last = max(int(path.name) for path in steps.iterdir() if path.name.isdigit())
+        assert 23 <= last < 46  # an epoch has 23 steps
+        arguments = (*RESUME, "--base", saved / "base", "--out", interrupted / "lora")
+        other = ("--batch-size", "32", "--seed", "7", "--learning-rate", "1", "--rank", "2")
+        code, _, err = run("finetune_lora", *arguments, *other, "--dropout", "0", "--resume")
+        assert code == 1
+        assert err.splitlines()[1:] == [
+            "  batch_size: saved 64, now 32",
+            "  learning_rate: saved 0.02, now 1.0",
+            "  seed: saved 0, now 7",
+            "  config.dropout: saved 0.2, now 0.0",
+            "  config.rank: saved 3, now 2",
+        ]
+        code, _, err = run("finetune_lora", *arguments)
+        assert code == 1
+        assert "pass --resume to go on" in err
+        assert run("finetune_lora", *arguments, "--resume")[0] == 0
+        plain, _, metadata = jl.io.load_adapter(interrupted / "plain")
+        found, _, found_metadata = jl.io.load_adapter(interrupted / "lora")
+        assert found_metadata == metadata
+        for path, entry in plain.items():
+            assert (found[path].a == entry.a).all()
+            assert (found[path].b == entry.b).all()
+        # A checkpoint is an adapter.
+        code, out, _ = run("evaluate", "--base", saved / "base", "--adapter", steps / "46")
+        assert code == 0
+        assert accuracy_in(out) == pytest.approx(metadata["accuracy"], abs=0.51e-4)
+
+    def test_another_base_is_refused(self, run: Run, saved: Path, tmp_path: Path) -> None:
+        params, metadata = jl.io.load_params(saved / "base")
+        params["params"]["l2"]["bias"] += 1
+        jl.io.save_params(tmp_path / "base", params, metadata)
+        arguments = ("--base", tmp_path / "base", "--adapter", saved / "lora")
+        code, _, err = run("evaluate", *arguments)
+        assert code == 1
+        assert err.splitlines()[1:] == ["  params/l2/bias: other values"]
+        assert run("evaluate", *arguments, "--force")[0] == 0
+
+    def test_of_nothing(self, run: Run, tmp_path: Path) -> None:
+        code, _, err = run("pretrain", *TINY, "--resume")
+        assert code == 1
+        assert "expected --out or --checkpoints of the run to --resume" in err
+        code, _, err = run("pretrain", *TINY, "--keep", "3", "--out", tmp_path / "x")
+        assert code == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

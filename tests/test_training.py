@@ -302,6 +302,78 @@ class TestEpoch:
         assert traces[3] == traces[10] > 0
 
 
+class TestParts:
+    """An epoch in parts has the bits of the epoch, whatever the parts."""
+
+    STEPS, SIZE = 10, 4
+
+    def noisy_loss(self, params: Tree, frozen: Any, data: Tree, key: jax.Array) -> jax.Array:
+        kept = jax.random.bernoulli(key, 0.8, data["x"].shape)
+        return loss_of_params(params, frozen, data | {"x": jnp.where(kept, data["x"], 0)})
+
+    @pytest.mark.parametrize("how", ["jit", "pmap"])
+    def test_have_the_bits_of_the_whole_with_one_program(
+        self, params: Tree, arrays: Tree, how: Any
+    ) -> None:
+        traces = 0
+
+        def loss_fun(*args: Any) -> jax.Array:
+            nonlocal traces
+            traces += 1
+            return self.noisy_loss(*args)
+
+        parallel = DataParallel(how, (jax.devices()[0],))
+        step = train_step(loss_fun, sgd(), axis_name=parallel.axis_name)
+        fresh = TrainState.create(params, sgd(), key=jax.random.key(1))
+        order = parallel.split(epoch_order(jax.random.key(3), EXAMPLES, self.SIZE))
+        run = parallel.compile(
+            lambda state, start, stop, order: epoch_over_arrays(
+                step, state, arrays, order, start, stop
+            ),
+            fresh,
+            *(jnp.int32(0), jnp.int32(0)),
+            order,
+        )
+        compiled = traces
+
+        def in_parts(*ends: int) -> tuple[TrainState, np.ndarray]:
+            state, losses, start = fresh, [], 0
+            for stop in ends:
+                state, metrics = run(state, jnp.int32(start), jnp.int32(stop), order)
+                loss = np.asarray(metrics["loss"])
+                assert (loss[:start] == 0).all()
+                assert (loss[stop:] == 0).all()
+                losses.append(loss[start:stop])
+                start = stop
+            return state, np.concatenate(losses)
+
+        whole, losses = in_parts(self.STEPS)
+        assert len(set(losses.tolist())) == self.STEPS
+        for ends in ((3, 10), tuple(range(1, 11)), (0, 4, 4, 9, 10)):
+            state, others = in_parts(*ends)
+            assert others.tobytes() == losses.tobytes()
+            for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+                assert (one == other).all()
+        assert traces == compiled
+        # The control: without the first step all is different.
+        late, _ = run(fresh, jnp.int32(1), jnp.int32(self.STEPS), order)
+        assert (late.trained["w1"] != whole.trained["w1"]).any()
+
+    def test_a_step_has_the_key_of_its_number(self, params: Tree, arrays: Tree) -> None:
+        key, batch = jax.random.key(5), padded(arrays, [3, 1, 4, 15], 4)
+        step = jax.jit(train_step(self.noisy_loss, sgd()))
+        state = TrainState.create(params, sgd(), key=key)
+        for number in range(3):
+            loss = self.noisy_loss(
+                state.trained, None, batch.data, jax.random.fold_in(key, number)
+            ).mean()
+            state, metrics = step(state, batch)
+            np.testing.assert_allclose(metrics["loss"], loss, **close)
+            other = self.noisy_loss(state.trained, None, batch.data, key).mean()
+            assert abs(metrics["loss"] - other) > 1e-3
+        assert (state.key == key).all()
+
+
 class TestPrefetch:
     def test_is_one_chunk_ahead_and_no_more(self) -> None:
         log: list[str] = []
@@ -437,6 +509,14 @@ out["streamed jit 8"] = run("jit", 8, streamed=True)
 out["streamed pmap 8"] = run("pmap", 8, streamed=True)
 out["other seed"] = run("jit", 8, seed=1)
 out["unsummed"] = run("pmap", 8, axis_name=None)
+
+key = jax.random.key(4)
+noisy = train_step(
+    lambda w, frozen, x, key: w * jax.random.uniform(key, x.shape), optax.sgd(0.1), axis_name="d")
+noise = jax.pmap(noisy, "d", in_axes=(None, 0), out_axes=(None, None))(
+    TrainState.create(jnp.ones(()), optax.sgd(0.1), key=key), Batch(*[jnp.ones((8, 2))] * 2))
+draws = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 0), k), 2) for k in range(8)]
+out["noise"] = [float(noise[1]["loss"]), float(np.mean(draws)), float(np.mean(draws[0]))]
 for how in ("jit", "pmap"):
     try:
         DataParallel(how).split(jnp.ones((3, 12)))
@@ -480,6 +560,11 @@ class TestEightDevices:
     def test_other_numbers_otherwise(self, on_eight_devices: Tree, control: str) -> None:
         one, other = on_eight_devices["jit 1"], on_eight_devices[control]
         assert np.abs(np.subtract(one["losses"], other["losses"])).max() > 1e-3
+
+    def test_each_has_noise_of_its_own(self, on_eight_devices: Tree) -> None:
+        found, expected, the_same_on_each = on_eight_devices["noise"]
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert found != pytest.approx(the_same_on_each, rel=1e-2)
 
     @pytest.mark.parametrize("how", ["jit", "pmap"])
     def test_a_batch_they_cannot_share(self, on_eight_devices: Tree, how: str) -> None:

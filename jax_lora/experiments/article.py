@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +15,13 @@ import numpy as np
 
 import jax_lora as jl
 from jax_lora import report
-from jax_lora.adapter import leaves_by_path
-from jax_lora.data import Dataset, load
-from jax_lora.errors import CheckpointError, ConfigError
+from jax_lora.data import Dataset
+from jax_lora.errors import ConfigError
 from jax_lora.experiments import environment
 from jax_lora.experiments.article_values import ARTICLE
-from jax_lora.experiments.fit import Evaluator, Phase, data_parallel, fit
+from jax_lora.experiments.fit import Evaluator, Phase, data_parallel
 from jax_lora.experiments.options import (
+    CheckpointOptions,
     DataOptions,
     LoraOptions,
     ModelOptions,
@@ -30,13 +29,26 @@ from jax_lora.experiments.options import (
     changes,
     describe,
 )
+from jax_lora.experiments.phases import (
+    check_dataset,
+    check_lora,
+    finetune,
+    load_base,
+    load_data,
+    predict_base,
+    predict_lora,
+    pretrain,
+    same_bits,
+    save_adapter,
+    save_base,
+)
 from jax_lora.models import MLP
 
-BASE, ADAPTER = "base", "adapter"
+BASE, ADAPTER, CHECKPOINTS, RESULTS = "base", "adapter", "checkpoints", "results.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrain(ModelOptions, DataOptions, TrainOptions):
+class Pretrain(CheckpointOptions, ModelOptions, DataOptions, TrainOptions):
     """Pre-train the article's network and save it.
 
     Attributes:
@@ -47,7 +59,7 @@ class Pretrain(ModelOptions, DataOptions, TrainOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneLora(LoraOptions, DataOptions, TrainOptions):
+class FinetuneLora(CheckpointOptions, LoraOptions, DataOptions, TrainOptions):
     """Fine-tune a saved base with LoRA and save the adapter.
 
     Attributes:
@@ -68,12 +80,14 @@ class Evaluate(DataOptions):
         base: The checkpoint of the base.
         adapter: The checkpoint of an adapter.
         merge: Fold the adapter into the base before evaluating.
+        force: Use the adapter although it was trained on another base.
     """
 
     dataset: Literal["auto", "cifar10", "digits"] = "auto"
     base: Path
     adapter: Path | None = None
     merge: bool = False
+    force: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +110,12 @@ class Summarize(ModelOptions, LoraOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reproduce(LoraOptions, ModelOptions, DataOptions, TrainOptions):
+class Experiment(LoraOptions, ModelOptions, DataOptions, TrainOptions):
+    """All that decides the experiment's numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reproduce(CheckpointOptions, Experiment):
     """Run the article's whole experiment and write a report.
 
     Attributes:
@@ -106,14 +125,9 @@ class Reproduce(LoraOptions, ModelOptions, DataOptions, TrainOptions):
     out: Path | None = None
 
 
-def load_data(options: DataOptions) -> Dataset:
-    """The data set that the options name."""
-    return load(
-        options.dataset,
-        data_dir=options.data_dir,
-        archive=options.archive,
-        cache_dir=options.cache_dir,
-    )
+def named_folder(out: Path | None, name: str) -> Path:
+    """The folder of a run: as asked for, or below runs/ with the time in its name."""
+    return (out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}").expanduser()
 
 
 def new_folder(out: Path | None, name: str) -> Path:
@@ -122,9 +136,7 @@ def new_folder(out: Path | None, name: str) -> Path:
     Raises:
         ConfigError: It already holds something, or it is a file.
     """
-    if out is None:
-        out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    out = out.expanduser()
+    out = named_folder(out, name)
     if out.exists() and not out.is_dir():
         raise ConfigError(
             f"expected --out to be a new or an empty folder; {out} is a file, never overwritten"
@@ -137,131 +149,27 @@ def new_folder(out: Path | None, name: str) -> Path:
     return out
 
 
-def predict_base(model: MLP) -> Any:
-    """The base model for `fit`: all of its parameters are trained."""
-    return lambda params, frozen, images: model.apply(params, images)
-
-
-def predict_lora(model: MLP) -> Any:
-    """The adapted model for `fit`: the adapter is trained beside the frozen parameters."""
-    adapted = jl.apply(model.apply)
-    return lambda adapter, params, images: adapted(params, adapter, images)
-
-
-def network(options: Any, dataset: Dataset) -> MLP:
-    """The network that `Pretrain` or `Reproduce` describe."""
-    return MLP((*[options.hidden_dim] * options.num_hidden, dataset.num_classes))
-
-
-def plan_lora(options: Any, model: MLP, params: Any, dataset: Dataset) -> jl.Plan:
-    """What `FinetuneLora` or `Reproduce` adapt; ``params`` may be abstract."""
-    batch = (options.batch_size, int(np.prod(dataset.image_shape)))
-    example = jax.ShapeDtypeStruct(batch, np.float32)
-    return jl.plan(model.apply, params, example, config=options.lora_config())
-
-
-def check_lora(options: Any, dataset: Dataset) -> None:
-    """Refuse a rank or a target that the network does not have before it is trained."""
-    model = network(options, dataset)
-    image = jax.ShapeDtypeStruct((1, int(np.prod(dataset.image_shape))), np.float32)
-    plan_lora(options, model, jax.eval_shape(model.init, jax.random.key(0), image), dataset)
-
-
-def pretrain(options: Any, dataset: Dataset) -> tuple[MLP, Phase]:
-    """Train the network from scratch, as `Pretrain` or `Reproduce` say."""
-    model = network(options, dataset)
-    init_key, shuffle_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), 0))
-    example = np.zeros((1, int(np.prod(dataset.image_shape))), np.float32)
-    params = jax.jit(model.init)(init_key, example)
-    phase = fit(
-        predict_base(model),
-        params,
-        None,
-        options.optimizer(),
-        dataset,
-        options,
-        shuffle_key,
-        "pre-training",
-    )
-    return model, phase
-
-
-def finetune(options: Any, model: MLP, params: Any, dataset: Dataset) -> tuple[jl.Plan, Phase]:
-    """Train an adapter beside frozen parameters, as `FinetuneLora` or `Reproduce` say."""
-    init_key, shuffle_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), 1))
-    plan = plan_lora(options, model, params, dataset)
-    adapter = jl.init(init_key, params, plan)
-    phase = fit(
-        predict_lora(model),
-        adapter,
-        params,
-        jl.optim.lora_optimizer(options.optimizer()),
-        dataset,
-        options,
-        shuffle_key,
-        "LoRA",
-    )
-    return plan, phase
-
-
-def save_base(folder: Path, model: MLP, dataset: Dataset, phase: Phase) -> None:
-    """Write the pre-trained base with what is needed to use it."""
-    metadata = {
-        "features": list(model.features),
-        "image_shape": list(dataset.image_shape),
-        "max_value": dataset.max_value,
-        "dataset": dataset.name,
-        "accuracy": phase.accuracy[-1],
-    }
-    jl.io.save_params(folder, phase.state.trained, metadata)
-
-
-def load_base(folder: Path) -> tuple[MLP, Any, dict[str, Any]]:
-    """Read what `save_base` wrote.
+def training_folder(options: CheckpointOptions, default: Path) -> Path | None:
+    """The folder of the training checkpoints, if they are written.
 
     Raises:
-        CheckpointError: It is missing or damaged, or its parameters are not those of its network.
+        ConfigError: It shall be resumed from a folder that is new in any case.
     """
-    params, metadata = jl.io.load_params(folder)
-    missing = {"features", "image_shape", "max_value", "dataset"} - set(metadata)
-    if missing:
-        raise CheckpointError(
-            f"{folder}: expected a base written by pretrain.py or reproduce_cifar10.py; its "
-            f"metadata lacks {', '.join(sorted(missing))}"
-        )
-    model = MLP(tuple(metadata["features"]))
-    example = jax.ShapeDtypeStruct((1, int(np.prod(metadata["image_shape"]))), np.float32)
-    expected = jax.eval_shape(model.init, jax.random.key(0), example)
-    shapes = [
-        {path: tuple(leaf.shape) for path, leaf in leaves_by_path(tree).items()}
-        for tree in (expected, params)
-    ]
-    if shapes[0] != shapes[1]:
-        raise CheckpointError(f"{folder}: expected the shapes {shapes[0]}, found {shapes[1]}")
-    return model, params, metadata
-
-
-def check_dataset(metadata: Mapping[str, Any], dataset: Dataset, base: Path) -> None:
-    """Check that a base was made for images like these.
-
-    Raises:
-        ConfigError: The images have another shape.
-    """
-    if tuple(metadata["image_shape"]) != dataset.image_shape:
-        raise ConfigError(
-            f"{base} was trained on {metadata['dataset']} images of shape "
-            f"{tuple(metadata['image_shape'])}, got {dataset.name} images of shape "
-            f"{dataset.image_shape}; pass --dataset {metadata['dataset']}"
-        )
+    if not options.saves:
+        return None
+    if options.resume and options.checkpoints is None and getattr(options, "out", None) is None:
+        raise ConfigError("expected --out or --checkpoints of the run to --resume, got neither")
+    return (options.checkpoints or default).expanduser()
 
 
 def run_pretrain(options: Pretrain) -> None:
     """Pre-train, save, print."""
     out = new_folder(options.out, "base")
+    checkpoints = training_folder(options, beside(out))
     dataset = load_data(options)
     print(f"data: {dataset.source}")
     out.mkdir(parents=True, exist_ok=True)  # if it cannot be written, then not after training
-    model, phase = pretrain(options, dataset)
+    model, phase = pretrain(options, dataset, checkpoints)
     save_base(out, model, dataset, phase)
     print(f"base: {phase.accuracy[-1]:.2%} on the test split; saved in {out}")
 
@@ -269,21 +177,21 @@ def run_pretrain(options: Pretrain) -> None:
 def run_finetune(options: FinetuneLora) -> None:
     """Restore a base, fine-tune an adapter, save, print."""
     out = new_folder(options.out, "adapter")
+    checkpoints = training_folder(options, beside(out))
     model, params, metadata = load_base(options.base)
     dataset = load_data(options)
     check_dataset(metadata, dataset, options.base)
     print(f"data: {dataset.source}")
     out.mkdir(parents=True, exist_ok=True)
-    plan, phase = finetune(options, model, params, dataset)
+    plan, phase = finetune(options, model, params, dataset, checkpoints)
     print(plan)
     save_adapter(out, phase, plan, dataset)
     print(f"adapter: {phase.accuracy[-1]:.2%} on the test split; saved in {out}")
 
 
-def save_adapter(folder: Path, phase: Phase, plan: jl.Plan, dataset: Dataset) -> None:
-    """Write a trained adapter with its configuration."""
-    metadata = {"dataset": dataset.name, "accuracy": phase.accuracy[-1]}
-    jl.io.save_adapter(folder, phase.state.trained, plan.config, metadata)
+def beside(out: Path) -> Path:
+    """Where the training checkpoints of a folder are that is itself a checkpoint."""
+    return out.with_name(f"{out.name}-{CHECKPOINTS}")
 
 
 def run_evaluate(options: Evaluate) -> float:
@@ -294,7 +202,7 @@ def run_evaluate(options: Evaluate) -> float:
     dataset_name = metadata["dataset"] if options.dataset == "auto" else options.dataset
     adapter = None
     if options.adapter is not None:
-        adapter, _, _ = jl.io.load_adapter(options.adapter, params)
+        adapter, _, _ = jl.io.load_adapter(options.adapter, params, options.force)
     dataset = load_data(dataclasses.replace(options, dataset=dataset_name))
     check_dataset(metadata, dataset, options.base)
     if adapter is not None and options.merge:
@@ -335,7 +243,12 @@ def run_summary(options: Summarize) -> None:
 def run_reproduce(options: Reproduce) -> dict[str, Any]:
     """The whole experiment; returns what ``results.json`` holds."""
     start = time.perf_counter()
-    out = new_folder(options.out, "reproduce")
+    out = named_folder(options.out, "reproduce")
+    checkpoints = training_folder(options, out / CHECKPOINTS)
+    if not options.resume:
+        new_folder(out, "reproduce")
+    elif (out / RESULTS).exists():
+        raise ConfigError(f"expected --out of an unfinished run to --resume; {out} is finished")
     options.lora_config()  # refuse bad values before anything is computed
     data_parallel(options)
     dataset = load_data(options)
@@ -344,11 +257,16 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
     check_lora(options, dataset)
     out.mkdir(parents=True, exist_ok=True)
 
-    model, base = pretrain(options, dataset)
-    save_base(out / BASE, model, dataset, base)
+    folders = [checkpoints and checkpoints / name for name in (BASE, ADAPTER)]
+    model, base = pretrain(options, dataset, folders[0])
+    if not (out / BASE).exists():
+        save_base(out / BASE, model, dataset, base)
     restored_model, params, _ = load_base(out / BASE)
-    plan, lora = finetune(options, restored_model, params, dataset)
-    save_adapter(out / ADAPTER, lora, plan, dataset)
+    if not same_bits(params, base.state.trained):
+        raise ConfigError(f"expected {out / BASE} to be the base of this run; choose another --out")
+    plan, lora = finetune(options, restored_model, params, dataset, folders[1])
+    if not (out / ADAPTER).exists():
+        save_adapter(out / ADAPTER, lora, plan, dataset)
 
     adapter = lora.state.trained
     batch = jax.ShapeDtypeStruct(
@@ -397,13 +315,13 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
         "tables": {name: str(table) for name, table in tables.items()},
         "versions": environment.versions(),
         "hardware": environment.hardware(),
-        "notes": _notes(dataset),
+        "notes": _notes(dataset, base, lora),
     }
     reference = ARTICLE if dataset.name == "cifar10" else None
     report.write_tensorboard(results, out / "tensorboard")
     report.write_plots(results, out, reference)
     results["seconds"]["total"] = time.perf_counter() - start
-    report.write_json(results, out / "results.json")
+    report.write_json(results, out / RESULTS)
     report.write_report(results, out / "report.md", reference)
     print(
         f"base {base.accuracy[-1]:.2%}, LoRA {lora.accuracy[-1]:.2%} on the test split; "
@@ -412,33 +330,32 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
     return results
 
 
-def same_bits(left: Any, right: Any) -> bool:
-    """Whether two trees have the same structure and bitwise the same leaves."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (left, right)]
-    if structures[0] != structures[1]:
-        return False
-
-    def same(a: Any, b: Any) -> bool:
-        a, b = np.asarray(a), np.asarray(b)
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-    return all(jax.tree.leaves(jax.tree.map(same, left, right)))
-
-
 def _changes(options: Reproduce) -> dict[str, list[Any]]:
     """The options that depart from the article's preset."""
     same_numbers = {"out", "seed", "parallel", "num_devices", "stream"}
-    same_numbers |= {field.name for field in dataclasses.fields(DataOptions)}
+    for kind in (DataOptions, CheckpointOptions):
+        same_numbers |= {field.name for field in dataclasses.fields(kind)}
     return {name: pair for name, pair in changes(options).items() if name not in same_numbers}
 
 
-def _notes(dataset: Dataset) -> list[str]:
+def _notes(dataset: Dataset, *phases: Phase) -> list[str]:
     if dataset.name != "cifar10":
-        return ["This run is not on CIFAR-10, so its numbers say nothing about the article's."]
-    return [
-        "The article's LoRA table repeats the base's multiply-adds, because its counter does not "
-        "see A and B; the table here counts x A and (x A) B."
-    ]
+        notes = ["This run is not on CIFAR-10, so its numbers say nothing about the article's."]
+    else:
+        notes = [
+            "The article's LoRA table repeats the base's multiply-adds, because its counter does "
+            "not see A and B; the table here counts x A and (x A) B."
+        ]
+    if any(phase.resumed_at for phase in phases):
+        steps = "; ".join(
+            f"{name} after the steps {', '.join(map(str, phase.resumed_at)) or 'none'}"
+            for name, phase in zip((BASE, "LoRA"), phases, strict=True)
+        )
+        notes.append(
+            f"This run was interrupted and resumed ({steps}). Its seconds are those of the "
+            "training that was kept, and of the last compilation."
+        )
+    return notes
 
 
 def _disk_bytes(folder: Path) -> int:

@@ -8,30 +8,34 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import tyro
 
 from jax_lora.data import DatasetError
 from jax_lora.errors import JaxLoraError
 
-Options = TypeVar("Options")
-
 
 def main(
-    options: type[Options], run: Callable[[Options], object], argv: Sequence[str] | None = None
+    options: Any,
+    run: Callable[[Any], object],
+    argv: Sequence[str] | None = None,
+    *,
+    failure: int = 1,
 ) -> int:
     """Parse ``argv`` into ``options`` and call ``run`` with them.
 
     Args:
-        options: A dataclass; its fields are the command line, its docstring the help.
+        options: A dataclass; its fields are the command line, its docstring the help. Or a union
+            of such, each of which is a subcommand.
         run: What to do.
         argv: The arguments; those of the process by default.
+        failure: The exit code after a failed write or an error of this library.
 
     Returns:
-        The exit code: 0; 1 after a failed write or an error of this library, which was printed; 2
-        after options out of range; 130 after Ctrl-C and 141 after the reader of the output left, as
-        shells have it. What was saved before stays valid.
+        The exit code: 0; ``failure`` after one, which was printed; 2 after options out of range;
+        130 after Ctrl-C and 141 after the reader of the output left, as shells have it. What was
+        saved before stays valid.
 
     Raises:
         SystemExit: With code 2 after options that cannot be parsed, with code 0 after --help.
@@ -54,11 +58,11 @@ def main(
         return 130
     except (JaxLoraError, DatasetError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failure
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failure
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,25 +16,20 @@ from tqdm import tqdm
 
 from jax_lora.data import Dataset, Split
 from jax_lora.errors import ConfigError, JaxLoraError
+from jax_lora.experiments.epochs import Epochs, Resident, Streamed, order_of
 from jax_lora.experiments.options import TrainOptions
-from jax_lora.training import (
-    Batch,
-    Compiled,
-    DataParallel,
-    TrainState,
-    epoch_order,
-    epoch_over_arrays,
-    epoch_over_batches,
-    evaluate,
-    in_order,
-    prefetch,
-    stream,
-    train_step,
-)
+from jax_lora.experiments.saving import History, Progress, Saver, Saving
+from jax_lora.training import DataParallel, TrainState, evaluate, in_order, train_step
 
 #: ``predict(trained, frozen, images) -> logits``, for images scaled to [-1, 1].
 Predict = Callable[[Any, Any, jax.Array], jax.Array]
+#: The same in training, if that is random: ``predict(trained, frozen, images, key) -> logits``.
+NoisyPredict = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
+#: Called with the steps ``start`` to ``stop``, counted from the first epoch, before they are done.
+Watch = Callable[[int, int], None]
 _EVALUATION_BATCH = 1000
+#: No epoch has this number, so that no shuffle has the key of the noise.
+_NOISE = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +46,7 @@ class Phase:
         compile_seconds: Tracing and compiling.
         run_seconds: Training and evaluating.
         optimizer_bytes: Bytes of the optimizer's state.
+        resumed_at: The numbers of steps done where it went on after interruptions.
     """
 
     state: TrainState
@@ -62,13 +58,14 @@ class Phase:
     compile_seconds: float
     run_seconds: float
     optimizer_bytes: int
+    resumed_at: list[int] = dataclasses.field(default_factory=list)
 
 
-def losses_of(predict: Predict, max_value: int) -> Callable[[Any, Any, Any], jax.Array]:
+def losses_of(predict: Predict | NoisyPredict, max_value: int) -> Callable[..., jax.Array]:
     """The cross-entropy of each example, for batches ``{"image": uint8, "label": int32}``."""
 
-    def loss_fun(trained: Any, frozen: Any, batch: Any) -> jax.Array:
-        logits = predict(trained, frozen, normalize(batch["image"], max_value))
+    def loss_fun(trained: Any, frozen: Any, batch: Any, *key: jax.Array) -> jax.Array:
+        logits = predict(trained, frozen, normalize(batch["image"], max_value), *key)
         return optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), batch["label"]
         )
@@ -116,11 +113,6 @@ def data_parallel(options: TrainOptions) -> DataParallel:
     return DataParallel(options.parallel, tuple(devices[:wanted]))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _order(key: jax.Array, examples: int, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    return epoch_order(key, examples, batch_size)
-
-
 class Evaluator:
     """The accuracy on a split, compiled once.
 
@@ -165,6 +157,10 @@ def fit(
     options: TrainOptions,
     key: jax.Array,
     title: str,
+    *,
+    noisy: NoisyPredict | None = None,
+    saving: Saving | None = None,
+    watch: Watch | None = None,
 ) -> Phase:
     """Train ``trained`` for ``options.epochs`` epochs, evaluating on the test split after each.
 
@@ -175,110 +171,110 @@ def fit(
         optimizer: A fresh optimizer for ``trained``.
         dataset: The data.
         options: How to train.
-        key: The key of the shuffles; epoch ``k`` uses ``fold_in(key, k)``.
+        key: The key of all that is random. The shuffle of epoch ``k`` has ``fold_in(key, k)``, step
+            ``n`` of ``noisy`` has ``fold_in(fold_in(key, 2**32 - 1), n)``.
         title: What the progress bar says.
+        noisy: The model in training, if that is random, such as with dropout.
+        saving: Where training checkpoints are written, and whether to go on from there.
+        watch: Told of steps before they are done, for tests.
 
     Returns:
-        The state and the measurements.
+        The state and the measurements, those before an interruption included.
 
     Raises:
-        ConfigError: More devices than there are, or a batch size that they cannot share.
+        ConfigError: More devices than there are, or a batch size that they cannot share; or
+            training checkpoints that do not go with the options.
+        CheckpointError: A training checkpoint cannot be written or read, or is of another run.
         JaxLoraError: The loss stopped being finite.
     """
     start = time.perf_counter()
     parallel = data_parallel(options)
-    step = train_step(
-        losses_of(predict, dataset.max_value), optimizer, axis_name=parallel.axis_name
-    )
-    state = TrainState.create(trained, optimizer, frozen)
+    losses = losses_of(noisy or predict, dataset.max_value)
+    step = train_step(losses, optimizer, axis_name=parallel.axis_name)
     host = arrays_of(dataset.train)
     examples = len(dataset.train)
-
-    def order(epoch: int) -> tuple[jax.Array, jax.Array]:
-        return _order(jax.random.fold_in(key, epoch), examples, options.batch_size)
-
-    run_epoch: _Resident | _Streamed
-    if options.stream:
-        run_epoch = _Streamed(step, parallel, host)
-    else:
-        run_epoch = _Resident(step, parallel, host, state, order(0))
-    evaluator = Evaluator(predict, dataset.test, dataset.max_value, parallel, trained, frozen)
     steps = -(-examples // options.batch_size)
     window = 500 if steps >= 500 else max(1, steps // 3)
 
-    before = evaluator(trained, frozen)
-    accuracy: list[float] = []
-    loss: list[float] = []
-    with tqdm(total=options.epochs, desc=title, unit="epoch", disable=None) as bar:
-        for epoch in range(options.epochs):
-            began = time.perf_counter()
-            state, losses = run_epoch(state, order(epoch))
-            rate = steps / (time.perf_counter() - began)
-            means = losses[: steps // window * window].reshape(-1, window).mean(axis=1)
-            if not np.isfinite(losses).all():
-                at = int(np.argmin(np.isfinite(losses))) + 1
-                raise JaxLoraError(
-                    f"expected a finite loss, got {losses[at - 1]} at step {at} of epoch "
-                    f"{epoch + 1}; lower --learning-rate or --alpha"
-                )
-            loss += means.tolist()
-            accuracy.append(evaluator(state.trained, state.frozen))
+    def order(epoch: int) -> tuple[jax.Array, jax.Array]:
+        return order_of(progress.key, epoch, examples, options.batch_size)
+
+    with contextlib.ExitStack() as stack:
+        progress = Progress(TrainState.create(trained, optimizer, frozen), key, History(window))
+        saver = None
+        if saving is not None:
+            saver = stack.enter_context(Saver(saving, frozen, options, examples))
+            progress = saver.resume(progress)
+        if noisy is not None:
+            noise = jax.random.fold_in(progress.key, _NOISE)
+            progress.state = dataclasses.replace(progress.state, key=noise)
+        epochs: Epochs
+        if options.stream:
+            epochs = Streamed(step, parallel, host)
+        else:
+            epochs = Resident(step, parallel, host, progress.state, order(0))
+        evaluator = Evaluator(predict, dataset.test, dataset.max_value, parallel, trained, frozen)
+        history, seconds_before = progress.history, progress.history.seconds
+
+        def tick() -> None:
+            compiling = evaluator.compile_seconds + epochs.compile_seconds
+            history.seconds = seconds_before + time.perf_counter() - start - compiling
+
+        if progress.at_start:
+            history.accuracy_before = evaluator(trained, frozen)
+        bar = tqdm(
+            total=options.epochs, initial=progress.epoch, desc=title, unit="epoch", disable=None
+        )
+        stack.enter_context(bar)
+        while progress.epoch < options.epochs:
+            began, first = time.perf_counter(), progress.step
+            for _ in _parts(progress, epochs, order(progress.epoch), saver, watch):
+                tick()
+                if saver is not None and progress.step < steps:
+                    saver.save(progress)
+            rate = (steps - first) / (time.perf_counter() - began)
+            accuracy = evaluator(progress.state.trained, frozen)
+            progress.end_epoch(accuracy)
+            tick()
+            if saver is not None:
+                saver.save(progress, {"accuracy": accuracy, "loss": history.loss[-1]})
+            means = history.loss[-(steps // window) :]
             shown = " ".join(f"{mean:.3f}" for mean in means)
-            bar.write(f"[{title}, epoch {epoch + 1}] loss: {shown}  accuracy: {accuracy[-1]:.2%}")
+            bar.write(f"[{title}, epoch {progress.epoch}] loss: {shown}  accuracy: {accuracy:.2%}")
             bar.set_postfix(steps_per_s=f"{rate:,.0f}", loss=f"{means[-1]:.3f}")
             bar.update()
-    compiling = evaluator.compile_seconds + run_epoch.compile_seconds
     return Phase(
-        state=state,
-        accuracy_before=before,
-        accuracy=accuracy,
-        loss=loss,
+        state=progress.state,
+        accuracy_before=history.accuracy_before,
+        accuracy=history.accuracy,
+        loss=history.loss,
         loss_window=window,
         steps_per_epoch=steps,
-        compile_seconds=compiling,
-        run_seconds=time.perf_counter() - start - compiling,
-        optimizer_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+        compile_seconds=evaluator.compile_seconds + epochs.compile_seconds,
+        run_seconds=history.seconds,
+        optimizer_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(progress.state.opt_state)),
+        resumed_at=history.resumed_at,
     )
 
 
-class _Resident:
-    """Epochs over arrays on the device, each one compiled program."""
-
-    def __init__(self, step: Any, parallel: DataParallel, host: Any, state: TrainState, order: Any):
-        def run(state: TrainState, arrays: Any, batches: Any) -> Any:
-            return epoch_over_arrays(step, state, arrays, batches)
-
-        self._parallel = parallel
-        self._arrays = parallel.replicate(host)
-        self._run = parallel.compile(run, state, self._arrays, parallel.split(order))
-        self.compile_seconds = self._run.seconds
-
-    def __call__(self, state: TrainState, order: Any) -> tuple[TrainState, np.ndarray]:
-        state, metrics = self._run(state, self._arrays, self._parallel.split(order))
-        return state, np.asarray(metrics["loss"])
-
-
-class _Streamed:
-    """Epochs over chunks cut on the host, one compiled program for each length of chunk."""
-
-    def __init__(self, step: Any, parallel: DataParallel, host: Any):
-        def run(state: TrainState, batches: Batch) -> Any:
-            return epoch_over_batches(step, state, batches)
-
-        self._fun, self._parallel, self._host = run, parallel, host
-        self._compiled: dict[int, Compiled] = {}
-
-    @property
-    def compile_seconds(self) -> float:
-        return sum(compiled.seconds for compiled in self._compiled.values())
-
-    def __call__(self, state: TrainState, order: Any) -> tuple[TrainState, np.ndarray]:
-        indices, weights = map(np.asarray, order)
-        losses = []
-        for chunk in prefetch(stream(self._host, indices, weights), self._parallel.split):
-            length = len(chunk.weight)
-            if length not in self._compiled:
-                self._compiled[length] = self._parallel.compile(self._fun, state, chunk)
-            state, metrics = self._compiled[length](state, chunk)
-            losses.append(metrics["loss"])
-        return state, np.concatenate([np.asarray(loss) for loss in losses])
+def _parts(
+    progress: Progress, epochs: Epochs, order: Any, saver: Saver | None, watch: Watch | None
+) -> Iterator[None]:
+    """Do the rest of an epoch: at once, or in parts after which it is asked whether to save."""
+    steps = len(order[0])
+    before = progress.epoch * steps
+    placed = epochs.place(order)
+    while (done := progress.step) < steps:
+        wanted = steps if saver is None else saver.next_stop(before + done) - before
+        stop = min(steps, -(-wanted // epochs.grain) * epochs.grain)
+        if watch is not None:
+            watch(before + done, before + stop)
+        progress.state, losses = epochs(progress.state, placed, done, stop)
+        if not np.isfinite(losses).all():
+            index = int(np.argmin(np.isfinite(losses)))
+            raise JaxLoraError(
+                f"expected a finite loss, got {losses[index]} at step {done + index + 1} of epoch "
+                f"{progress.epoch + 1}; lower --learning-rate or --alpha"
+            )
+        progress.advance(stop, losses)
+        yield

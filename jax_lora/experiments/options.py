@@ -29,6 +29,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "input_dim": (1, _NO_LIMIT),
     "num_classes": (1, _NO_LIMIT),
     "num_seeds": (1, _NO_LIMIT),
+    "save_every_steps": (1, _NO_LIMIT),
+    "save_every_minutes": (0, _NO_LIMIT),
+    "keep": (1, _NO_LIMIT),
 }
 
 
@@ -46,9 +49,8 @@ class Options:
         for name, value in describe(self).items():
             low, high = _RANGES.get(name, (-math.inf, math.inf))
             if name in _RANGES and value is not None and not low <= value <= high:
-                option = name.replace("_", "-")
                 span = f"from {low} to {high}" if high < _NO_LIMIT else f"of at least {low}"
-                problems.append(f"--{option} {span}, got {value}")
+                problems.append(f"{_flag(name)} {span}, got {value}")
         if problems:
             raise ConfigError("expected " + "; ".join(problems))
 
@@ -105,6 +107,53 @@ class TrainOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Options):
+    """Whether it is saved while it is trained, so that it can go on after an interruption.
+
+    Attributes:
+        save_every_steps: Write a training checkpoint after every so many steps, and each epoch.
+        save_every_minutes: Write one after every so many minutes, and each epoch.
+        keep: How many of the last training checkpoints are kept.
+        keep_best: Keep the one with the best test accuracy or training loss as well.
+        checkpoints: The folder of the training checkpoints; by default named after --out, or in it
+            if it is the folder of a whole run.
+        resume: Go on where the last training checkpoint was written, or begin if there is none.
+        fall_back: If the last one is damaged, go on from the last good one.
+    """
+
+    save_every_steps: int | None = None
+    save_every_minutes: float | None = None
+    keep: int = 2
+    keep_best: Literal["none", "accuracy", "loss"] = "none"
+    checkpoints: Path | None = None
+    resume: bool = False
+    fall_back: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the numbers, and that no option is without effect.
+
+        Raises:
+            ConfigError: Names every option that is out of range, or that needs another.
+        """
+        super().__post_init__()
+        if self.fall_back and not self.resume:
+            raise ConfigError("expected --resume with --fall-back, got none")
+        fields = dataclasses.fields(CheckpointOptions)
+        idle = [_flag(f.name) for f in fields if getattr(self, f.name) != f.default]
+        if idle and not self.saves:
+            raise ConfigError(
+                f"expected --save-every-steps, --save-every-minutes or --resume with "
+                f"{', '.join(idle)}, got none of them"
+            )
+
+    @property
+    def saves(self) -> bool:
+        """Whether training checkpoints are written."""
+        every = (self.save_every_steps, self.save_every_minutes)
+        return self.resume or any(x is not None for x in every)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """What is pre-trained.
 
@@ -131,6 +180,7 @@ class LoraOptions(Options):
             A and B are parts of the weight, whose product is subtracted: "pissa", "olora".
         targets: Globs of the parameters to adapt.
         exclude: Globs of parameters to leave alone.
+        dropout: The probability with which each input of an update is dropped in training.
     """
 
     rank: int = 32
@@ -139,6 +189,7 @@ class LoraOptions(Options):
     init: Init = "article"
     targets: tuple[str, ...] = ("**/kernel",)
     exclude: tuple[str, ...] = ()
+    dropout: float = 0.0
 
     def lora_config(self) -> LoraConfig:
         """The configuration for the library.
@@ -148,6 +199,10 @@ class LoraOptions(Options):
         """
         names = [field.name for field in dataclasses.fields(LoraOptions)]
         return LoraConfig(**{name: getattr(self, name) for name in names})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def describe(options: Any) -> dict[str, Any]:

@@ -11,16 +11,17 @@ import numpy as np
 from jax_lora import report
 from jax_lora.errors import ConfigError
 from jax_lora.experiments import environment
-from jax_lora.experiments.article import Reproduce, check_lora, finetune, load_data, pretrain
+from jax_lora.experiments.article import Experiment
 from jax_lora.experiments.article_values import ARTICLE
 from jax_lora.experiments.options import describe
+from jax_lora.experiments.phases import check_lora, finetune, load_data, pretrain
 
 #: Options that name places on one machine, and say nothing to the reader of the numbers.
 _PLACES = {"out", "data_dir", "archive", "cache_dir"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seeds(Reproduce):
+class Seeds(Experiment):
     """Run the article's experiment with several seeds and print a table.
 
     Attributes:

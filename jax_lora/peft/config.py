@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jax_lora.errors import CheckpointError
+from jax_lora.peft.patterns import Expressions, is_literal, pattern_problem
 
+#: What PEFT calls the methods that are read, and where each has its alpha.
+METHODS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 #: Fields that say nothing about what an adapter computes.
 _IDLE = frozenset(
     {
@@ -31,11 +33,26 @@ _IDLE = frozenset(
         "lora_ga_config",
     }
 )
+#: Those of LoHa and LoKr: dropout, the start, and what the shapes of the tensors say.
+_IDLE_PRODUCTS = frozenset(
+    {
+        "rank_dropout",
+        "rank_dropout_scale",
+        "module_dropout",
+        "init_weights",
+        "use_effective_conv2d",
+        "decompose_both",
+        "decompose_factor",
+    }
+)
 #: Ways of starting that leave the base as it is.
 _PLAIN_STARTS = ("default", "gaussian", "eva", "orthogonal", "mica")
 #: Ways of starting that subtract the factors at the start from the base.
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
-_MAX_PATTERN, _MAX_QUANTIFIERS = 2000, 5
+_MAX_LETTERS = 200_000
+_BIASES = ("none", "all", "lora_only")
+#: Of which names PEFT takes a module for one that can be tied.
+_TIED = frozenset({"embed_tokens", "lm_head"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,29 +62,36 @@ class PeftConfig:
     Attributes:
         rank: The rank of modules that no pattern matches.
         alpha: Their alpha.
+        targets: The adapted modules: ends of their names, or one regular expression.
+        method: ``LORA``, ``LOHA`` or ``LOKR``.
         rank_pattern: Ranks by regular expression; the first that matches decides.
         alpha_pattern: Alphas likewise.
         rslora: Whether the scale is alpha/sqrt(r), and not alpha/r.
         dora: Whether all modules are DoRA.
-        targets: The adapted modules: ends of their names, or one regular expression.
-        exclude: Modules that are not, likewise.
+        bias: Which biases are trained: ``none``, ``all``, or ``lora_only``, those beside factors.
+        exclude: Modules that are not adapted, named as the targets are.
         layers: The layers that are, or None for all.
         layers_pattern: What comes before a layer's number.
         saved: Ends of the names of modules that are trained whole.
+        tokens: By the ends of names of tables, the rows that are trained; for the name ``""``,
+            those of whichever table the file has.
         start: How the factors started, if the base was changed for it; else empty.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] | str
+    method: str = "LORA"
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
+    bias: str = "none"
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    tokens: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     start: str = ""
 
     @classmethod
@@ -83,49 +107,42 @@ class PeftConfig:
                 is set and not implemented.
         """
         fields = _Fields(dict(data))
-        kind = fields.take("peft_type", lambda x: isinstance(x, str), "text", "")
-        if kind != "LORA":
-            fields.problems.append(f"peft_type: expected 'LORA', found {kind!r}")
-        bias = fields.take("bias", lambda x: isinstance(x, str), "text", "none")
-        if bias != "none":
+        method = fields.take("peft_type", lambda x: isinstance(x, str), "text", "")
+        if method not in METHODS:
             fields.problems.append(
-                f"bias: expected 'none', found {bias!r}: biases that are trained beside the "
-                "factors are not implemented"
+                f"peft_type: expected one of {', '.join(METHODS)}, found {method!r}"
             )
+        of_lora = method not in METHODS or method == "LORA"
         layers = fields.take("layers_to_transform", _is_layers, "a number or numbers", None)
         layers = (layers,) if isinstance(layers, int) else layers
         rank_is = "a positive integer"
         found = cls(
+            method=method,
             rank=fields.take("r", _is_rank, rank_is),
-            alpha=fields.take("lora_alpha", _is_number, "a number"),
+            alpha=fields.take(METHODS.get(method, "lora_alpha"), _is_number, "a number"),
             rank_pattern=fields.patterns("rank_pattern", _is_rank, rank_is),
             alpha_pattern=fields.patterns("alpha_pattern", _is_number, "a number"),
-            rslora=fields.take("use_rslora", _is_bool, "true or false", False),
-            dora=fields.take("use_dora", _is_bool, "true or false", False),
             targets=fields.names("target_modules", required=True),
             exclude=fields.names("exclude_modules"),
             layers=tuple(layers) if layers else None,
             layers_pattern=_as_tuple(fields.names("layers_pattern")),
             saved=_as_tuple(fields.names("modules_to_save")),
-            start=fields.start(),
+            **(fields.of_lora() if of_lora else {}),
         )
-        for field in ("layers_pattern", "modules_to_save"):
+        for field, patterns in (
+            ("layers_pattern", found.layers_pattern),
+            ("modules_to_save", found.saved),
+        ):
             # Both are names that PEFT puts into a regular expression as they are.
-            for pattern in _as_tuple(getattr(found, "saved" if "save" in field else field)):
+            for pattern in patterns:
                 fields.check_pattern(field, pattern)
+        fields.refuse_tying(found)
         if found.targets == "all-linear":
             fields.problems.append(
                 "target_modules: expected the modules' names, found 'all-linear', for which PEFT "
                 "writes them when it saves"
             )
-        for name, value in fields.data.items():
-            if name not in _IDLE and value not in (None, False, "", [], {}):
-                shown = repr(value)
-                shown = shown if len(shown) < 60 else f"{shown[:57]}..."
-                fields.problems.append(
-                    f"{name}: is set to {shown}, which is not implemented here, and ignoring it "
-                    "would give another model"
-                )
+        fields.refuse_what_is_left(_IDLE if of_lora else _IDLE | _IDLE_PRODUCTS)
         if fields.problems:
             raise CheckpointError(
                 f"{where}: not an adapter that can be read:\n  " + "\n  ".join(fields.problems)
@@ -133,20 +150,28 @@ class PeftConfig:
         return found
 
     @functools.cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
-        return _compiled(self.rank_pattern)
+    def _expressions(self) -> Expressions:
+        return Expressions()
 
     @functools.cached_property
-    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
-        return _compiled(self.alpha_pattern)
+    def _ranks(self) -> tuple[list[str], list[Any]]:
+        return _by_ends(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> tuple[list[str], list[Any]]:
+        return _by_ends(self.alpha_pattern)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module."""
-        return _first(self._ranks, module, self.rank)
+        patterns, ranks = self._ranks
+        found = self._expressions.first(patterns, module)
+        return self.rank if found is None else ranks[found]
 
     def scale_of(self, module: str) -> float:
         """What multiplies a module's update."""
-        rank, alpha = self.rank_of(module), _first(self._alphas, module, self.alpha)
+        patterns, alphas = self._alphas
+        found = self._expressions.first(patterns, module)
+        alpha, rank = self.alpha if found is None else alphas[found], self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def is_saved(self, module: str) -> bool:
@@ -155,29 +180,48 @@ class PeftConfig:
         within = (".".join(parts[: k + 1]) for k in range(len(parts)))
         return any(name.endswith(end) for name in within for end in self.saved)
 
+    def has_bias(self, module: str) -> bool:
+        """Whether the bias of a module is trained, apart from whole modules."""
+        return self.bias == "all" or (self.bias == "lora_only" and self.is_target(module))
+
+    def rows_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows of a module's table that are trained; None if none are."""
+        of_mine = (x for x in self.tokens.items() if _ends_with(module, frozenset({x[0]})))
+        found = (rows for _, rows in of_mine)
+        return next(found, self.tokens.get(""))
+
     def is_target(self, module: str) -> bool:
         """Whether a module is adapted: PEFT's own rule, in its order."""
+        match = self._expressions.match
         if isinstance(self.exclude, str):
-            if re.fullmatch(self.exclude, module):
+            if match(self.exclude, module, whole=True):
                 return False
-        elif _ends_with(module, self.exclude):
+        elif _ends_with(module, self._excluded):
             return False
-        if any(re.match(rf"(^|.*\.){end}($|\..*)", module) for end in self.saved):
+        if any(match(rf"(^|.*\.){end}($|\..*)", module) for end in self.saved):
             return False
         if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
-        if module in self.targets:
+            return match(self.targets, module, whole=True) is not None
+        if module in self._named:
             return True
-        if not _ends_with(module, self.targets):
+        if not _ends_with(module, self._named):
             return False
         if self.layers is None:
             return True
         # The first numbered component is the layer: a later one may be an expert.
         before = self.layers_pattern or (r"[^.]*",)
         start = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        matches = (re.match(rf"{start}{pattern}\.(\d+)\.", module) for pattern in before)
-        layer = next((int(match[1]) for match in matches if match), None)
+        matches = (match(rf"{start}{pattern}\.(\d+)\.", module) for pattern in before)
+        layer = next((int(found[1]) for found in matches if found), None)
         return layer in self.layers
+
+    @functools.cached_property
+    def _named(self) -> frozenset[str]:
+        return frozenset(self.targets)
+
+    @functools.cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.exclude)
 
 
 def adapter_config(
@@ -186,33 +230,30 @@ def adapter_config(
     alpha: float,
     targets: tuple[str, ...] | str,
     saved: Iterable[str],
-    dora: bool,
+    bias: str,
+    tokens: Mapping[str, Iterable[int]],
     rank_pattern: Mapping[str, int],
     alpha_pattern: Mapping[str, float],
-    base_model: str | None,
-    task_type: str | None,
     fan_in_fan_out: bool,
-    dropout: float,
 ) -> dict[str, Any]:
     """The smallest configuration that PEFT reads, with everything it needs."""
-    return {
+    found: dict[str, Any] = {
         "alpha_pattern": dict(alpha_pattern),
-        "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
         "modules_to_save": list(saved) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": dict(rank_pattern),
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "task_type": task_type,
-        "use_dora": dora,
         "use_rslora": False,
     }
+    if tokens:
+        found["trainable_token_indices"] = {name: list(rows) for name, rows in tokens.items()}
+    return found
 
 
 class _Fields:
@@ -221,17 +262,27 @@ class _Fields:
     def __init__(self, data: dict[str, Any]):
         self.data = data
         self.problems: list[str] = []
+        self.letters = 0
 
-    def take(self, name: str, right: Any, what: str, *default: Any) -> Any:
+    def take(self, name: str, right: Callable[[Any], bool], what: str, *default: Any) -> Any:
         value = self.data.pop(name, None)
         if value is None and default:
             return default[0]
         if not right(value):
-            shown = repr(value)
-            shown = shown if len(shown) < 60 else f"{shown[:57]}..."
-            self.problems.append(f"{name}: expected {what}, found {shown}")
+            self.problems.append(f"{name}: expected {what}, found {_shown(value)}")
             return default[0] if default else 1
         return value
+
+    def of_lora(self) -> dict[str, Any]:
+        """What LoRA's configuration has beyond those of the others."""
+        flag = "true or false"
+        return {
+            "rslora": self.take("use_rslora", _is_bool, flag, False),
+            "dora": self.take("use_dora", _is_bool, flag, False),
+            "bias": self.take("bias", _BIASES.__contains__, f"one of {', '.join(_BIASES)}", "none"),
+            "tokens": self.tokens(),
+            "start": self.start(),
+        }
 
     def names(self, name: str, *, required: bool = False) -> Any:
         value = self.take(name, _is_names, "names of modules, or a regular expression", ())
@@ -242,13 +293,21 @@ class _Fields:
             return value
         return tuple(value)
 
-    def patterns(self, name: str, right: Any, what: str) -> dict[str, Any]:
+    def patterns(self, name: str, right: Callable[[Any], bool], what: str) -> dict[str, Any]:
         value = self.take(name, lambda x: isinstance(x, dict), "an object", {})
         for pattern, x in value.items():
             self.check_pattern(name, pattern)
             if not right(x):
-                self.problems.append(f"{name}: expected {what} for {pattern!r}, found {x!r}")
+                self.problems.append(
+                    f"{name}: expected {what} for {_shown(pattern)}, found {_shown(x)}"
+                )
         return value
+
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        what = "different rows, or such by the name of a module"
+        value = self.take("trainable_token_indices", _is_tokens, what, {})
+        tables = value if isinstance(value, dict) else {"": value}
+        return {name: tuple(rows) for name, rows in tables.items() if rows}
 
     def start(self) -> str:
         value = self.data.pop("init_lora_weights", True)
@@ -260,65 +319,53 @@ class _Fields:
         if isinstance(value, str) and known.split("_niter_")[0] in _SUBTRACTED:
             return value
         self.problems.append(
-            f"init_lora_weights: {value!r} is not a start that leaves the base as it is"
+            f"init_lora_weights: {_shown(value)} is not a start that leaves the base as it is"
         )
         return ""
 
     def check_pattern(self, name: str, pattern: str) -> None:
-        if problem := pattern_problem(pattern):
+        self.letters += 0 if is_literal(pattern) else len(pattern)
+        if self.letters > _MAX_LETTERS:  # which takes long to compile
+            problem = f"more than {_MAX_LETTERS:,} letters of regular expressions"
+            if problem not in self.problems:
+                self.problems.append(problem)
+        elif problem := pattern_problem(pattern):
             shown = pattern if len(pattern) < 80 else f"{pattern[:77]}..."
             self.problems.append(f"{name}: {shown!r}: {problem}")
 
+    def refuse_tying(self, found: PeftConfig) -> None:
+        """Of a table that is the head, too; without one among the modules it says nothing."""
+        tying = self.take("ensure_weight_tying", _is_bool, "true or false", False)
+        expression = isinstance(found.targets, str)
+        ends = {name.rpartition(".")[2] for name in (*found.targets, *found.saved)}
+        if tying and (expression or ends & _TIED):
+            self.problems.append(
+                "ensure_weight_tying: one adapter of a table and of a head that are one parameter "
+                "is not implemented"
+            )
 
-def pattern_problem(pattern: str) -> str:
-    r"""Why a regular expression from a file is not run; empty if it is.
-
-    Python's engine takes exponential time for a repeated group that has a repetition or a choice
-    in it, so these are refused, as are long ones and those with many repetitions.
-
-    Example:
-        >>> pattern_problem(r".*layers\.(0|1)\..*_proj"), bool(pattern_problem(r"(a+)+b"))
-        ('', True)
-    """
-    limit = _MAX_PATTERN if re.search(r"[*+?{]", pattern) else 100 * _MAX_PATTERN
-    if len(pattern) > limit:
-        return f"a regular expression of more than {limit:,} characters"
-    try:
-        for whole in (pattern, rf"(.*\.)?({pattern})$", rf"(?:^|.*?\.){pattern}\.(\d+)\."):
-            re.compile(whole)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"no regular expression ({error})"
-    plain = re.sub(r"\\.", "x", pattern, flags=re.S)
-    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
-    repeated = re.findall(r"[*+]|\{", plain)
-    if len(repeated) > _MAX_QUANTIFIERS:
-        return f"a regular expression with more than {_MAX_QUANTIFIERS} repetitions"
-    opened: list[bool] = []
-    for k, letter in enumerate(plain):
-        if letter == "(":
-            opened.append(False)
-        elif letter == ")" and opened:
-            inside = opened.pop()
-            if inside and plain[k + 1 : k + 2] in ("*", "+", "{"):
-                return "a regular expression that repeats a repetition, which can take for ever"
-            if opened:
-                opened[-1] = opened[-1] or inside
-        elif letter in "*+?{|" and opened and plain[k - 1 : k] != "(":
-            opened[-1] = True
-    return ""
+    def refuse_what_is_left(self, idle: frozenset[str]) -> None:
+        for name, value in self.data.items():
+            if name not in idle and value not in (None, False, "", [], {}):
+                self.problems.append(
+                    f"{_shown(name)[1:-1]}: is set to {_shown(value)}, which is not implemented "
+                    "here, and ignoring it would give another model"
+                )
 
 
-def _compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
-    # Once: Python keeps a few hundred itself, and a model may have more.
-    return [(re.compile(rf"(.*\.)?({key})$"), x) for key, x in patterns.items()]
+def _by_ends(patterns: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    """PEFT's rule: a key matches the end of a name, from a dot or from the beginning on."""
+    return [rf"(.*\.)?({key})$" for key in patterns], list(patterns.values())
 
 
-def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
-    return next((x for pattern, x in patterns if pattern.match(module)), default)
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) < 60 else f"{shown[:57]}..."
 
 
-def _ends_with(module: str, ends: Iterable[str]) -> bool:
-    return any(module == end or module.endswith(f".{end}") for end in ends)
+def _ends_with(module: str, ends: frozenset[str]) -> bool:
+    parts = module.split(".")
+    return any(".".join(parts[k:]) in ends for k in range(len(parts)))
 
 
 def _as_tuple(value: Any) -> tuple[str, ...]:
@@ -345,3 +392,10 @@ def _is_names(x: Any) -> bool:
 
 def _is_layers(x: Any) -> bool:
     return type(x) is int or (isinstance(x, list) and all(type(k) is int for k in x))
+
+
+def _is_tokens(x: Any) -> bool:
+    if isinstance(x, dict):
+        return all(isinstance(rows, list) and _is_tokens(rows) for rows in x.values())
+    rows = isinstance(x, list) and all(type(k) is int and 0 <= k < 2**31 for k in x)
+    return rows and len(set(x)) == len(x)

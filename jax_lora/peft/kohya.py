@@ -1,7 +1,9 @@
-"""LoRA files of kohya's scripts and of LyCORIS: one file, ``lora_down``, ``lora_up``, ``alpha``."""
+"""Files of kohya's scripts and of LyCORIS: one file, a few tensors and an alpha by module."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,27 +11,42 @@ from typing import Any
 import numpy as np
 
 from jax_lora.errors import CheckpointError
-from jax_lora.peft.entries import Factors, build
-from jax_lora.peft.names import Name, Place, places_of
-from jax_lora.peft.reading import Loaded, check_pair, read_numbers, unknown
+from jax_lora.peft.files import listed
+from jax_lora.peft.lycoris import (
+    LOHA,
+    LOKR,
+    loha,
+    loha_problem,
+    lokr,
+    lokr_problem,
+    lokr_rank,
+    tucker,
+)
+from jax_lora.peft.names import Name
+from jax_lora.peft.parts import Contents, Part, build
+from jax_lora.peft.places import Place, places_of
+from jax_lora.peft.reading import Loaded
+from jax_lora.peft.source import check_pair, read_numbers, unknown
 from jax_lora.peft.tensors import TensorFile
 
-_ENDS = {"lora_down.weight", "lora_up.weight", "alpha"}
+_LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
+_ENDS = frozenset({*_LORA, *LOHA, *LOKR, "alpha"})
 
 
 def load_kohya(
     file: str | Path,
     params: Any,
     names: Iterable[Name | tuple[str, str]],
-    layouts: Mapping[str, Any],
+    layouts: Mapping[str, Any] | None = None,
     *,
     prefix: str = "lora_",
 ) -> Loaded:
-    """Read a LoRA file of kohya's scripts, or of LyCORIS where its algorithm is LoRA.
+    """Read a file of kohya's scripts or of LyCORIS: LoRA, LoHa or LoKr.
 
     A module ``unet.down_blocks.0.to_q`` is called ``lora_unet_down_blocks_0_to_q`` there. The scale
-    is ``alpha / rank``, and 1 for a module without ``alpha``. Other algorithms (LoHa, LoKr, a
-    convolution's ``lora_mid``, ``dora_scale``) are refused by the names of their keys.
+    is ``alpha / rank``, and 1 for a module without ``alpha`` and for LoKr of two whole matrices.
+    What else there is (``dora_scale``, whose norm is over one axis or the other, whole differences)
+    is refused by the names of its keys.
 
     Args:
         file: A safetensors file.
@@ -62,54 +79,116 @@ def load_kohya(
     for key in sorted(stored.tensors):
         module, _, end = key.partition(".")
         if end not in _ENDS:
-            problems.append(f"{key}: expected a key of LoRA: {', '.join(sorted(_ENDS))}")
+            problems.append(f"{key}: expected a key of LoRA, LoHa or LoKr, such as {_LORA[0]}")
         elif module not in called:
             problems.append(f"{key}: {unknown('module', module, called, problems)}")
         else:
             found.setdefault(called[module], {})[end] = key
-    factors: dict[str, Factors] = {}
+    parts: dict[str, Part] = {}
     for name, keys in found.items():
-        one = _factors(stored, places[name], keys, problems)
-        if one is not None:
-            factors[name] = one
+        try:
+            parts[name] = _Module(stored, places[name], keys).part()
+        except CheckpointError as error:
+            problems.append(str(error))
     if not found and not problems:
         problems.append("expected keys of LoRA, found none")
     if problems:
         raise CheckpointError(
-            f"{file}: the adapter does not fit these parameters:\n  " + "\n  ".join(problems)
+            f"{file}: the adapter does not fit these parameters:\n  {listed(problems)}"
         )
-    adapter = build(str(file), params, places, factors, {})
-    return Loaded(adapter, dict(stored.metadata), {n: places[n].path for n in sorted(factors)})
+    contents = Contents(parts)
+    adapter = build(str(file), params, places, contents)
+    used = {name: places[name].path for name in contents.names}
+    return Loaded(adapter, dict(stored.metadata), used)
 
 
-def _factors(
-    file: TensorFile, place: Place, keys: Mapping[str, str], problems: list[str]
-) -> Factors | None:
-    down, up = keys.get("lora_down.weight"), keys.get("lora_up.weight")
-    if down is None or up is None:
-        found = ", ".join(sorted(keys))
-        problems.append(f"{place.module}: expected lora_down and lora_up, found {found}")
-        return None
-    if problem := place.problem_of_factors():
-        problems.append(f"{place.path}: {problem}")
-        return None
-    if place.kind == "embedding":
-        problems.append(f"{place.module}: expected no factors of an embedding in this format")
-        return None
-    shapes = [file.tensors[key].shape for key in (down, up)]
-    if place.kind != "conv":  # a convolution of one pixel is a linear layer
-        shapes = [x[:2] if set(x[2:]) <= {1} else x for x in shapes]
-    rank = shapes[0][0] if shapes[0] else 0
-    wrong = check_pair(place, rank, *shapes) if rank else [f"{place.module}: its rank is 0"]
-    alpha_key = keys.get("alpha")
-    if alpha_key is not None and np.prod(file.tensors[alpha_key].shape) != 1:
-        wrong.append(f"{alpha_key}: expected one number")
-    if wrong:
-        problems += wrong
-        return None
-    a, b = read_numbers(file, down, problems), read_numbers(file, up, problems)
-    alpha = read_numbers(file, alpha_key, problems) if alpha_key else np.float32(rank)
-    if a is None or b is None or alpha is None:
-        return None
-    scale = float(np.asarray(alpha).reshape(())) / rank
-    return Factors(a.reshape(shapes[0]), b.reshape(shapes[1]), scale)
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """One module's keys, by what they end with."""
+
+    file: TensorFile
+    place: Place
+    keys: Mapping[str, str]
+
+    def part(self) -> Part:
+        """The update.
+
+        Raises:
+            CheckpointError: What is wrong with it.
+        """
+        place = self.place
+        if problem := place.problem_of_factors():
+            raise CheckpointError(f"{place.path}: {problem}")
+        if place.kind == "embedding":
+            raise CheckpointError(f"{place.module}: expected no embedding in this format")
+        ends = set(self.keys) - {"alpha"}
+        if ends and ends <= set(LOHA):
+            return self._loha()
+        if ends and ends <= set(LOKR):
+            return self._lokr()
+        if not {*_LORA[:2]} <= ends <= set(_LORA):
+            raise CheckpointError(
+                f"{place.module}: expected lora_down and lora_up, or the tensors of LoHa or LoKr, "
+                f"found {', '.join(sorted(self.keys))}"
+            )
+        return self._lora()
+
+    def _lora(self) -> Part:
+        place, shapes = self.place, self._shapes()
+        down, up, mid = (shapes.get(end) or () for end in _LORA)
+        rank = down[0] if down else 0
+        if mid:  # the directions are the core's, and down has the channels alone
+            expected = (rank, rank, *place.torch_ins[1:])
+            ones = (1,) * len(expected[2:])
+            if place.kind != "conv" or mid != expected or down[2:] != ones:
+                raise CheckpointError(f"{place.name}: expected lora_mid {expected}, found {mid}")
+            down = (*down[:2], *expected[2:])
+        wrong = check_pair(place, rank, down, up) if rank else [f"{place.module}: its rank is 0"]
+        if wrong:
+            raise CheckpointError("\n  ".join(wrong))
+        arrays = self._arrays()
+        a, b = arrays[_LORA[0]], arrays[_LORA[1]]
+        if mid:
+            a = tucker(arrays[_LORA[2]], a.reshape(rank, -1))
+        return Part({"a": place.a_from_torch(a), "b": place.b_from_torch(b)}, self._scale(rank))
+
+    def _loha(self) -> Part:
+        shapes = self._shapes()
+        outer = shapes.get("hada_w1_a", ())
+        rank = outer[0 if "hada_t1" in shapes else 1] if len(outer) == 2 else 0
+        if problem := loha_problem(self.place, shapes, rank) if rank else "its rank is 0":
+            raise CheckpointError(f"{self.place.name}: {problem}")
+        return loha(self.place, self._arrays(), self._scale(rank))
+
+    def _lokr(self) -> Part:
+        shapes = self._shapes()
+        if problem := lokr_problem(self.place, shapes, None):
+            raise CheckpointError(f"{self.place.name}: {problem}")
+        rank = lokr_rank(shapes)
+        return lokr(self.place, self._arrays(), self._scale(rank) if rank else 1.0)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {end: self.file.tensors[x].shape for end, x in self.keys.items() if end != "alpha"}
+        if self.place.kind == "conv":
+            return shapes
+        # A convolution of one pixel is a linear layer.
+        single = [end for end in (*_LORA[:2], "lokr_w2") if set(shapes.get(end, ())[2:]) == {1}]
+        return shapes | {end: shapes[end][:2] for end in single}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {end: self._read(end) for end in self.keys if end != "alpha"}
+
+    def _scale(self, rank: int) -> float:
+        key = self.keys.get("alpha")
+        if key is None:
+            return 1.0
+        if math.prod(self.file.tensors[key].shape) != 1:
+            raise CheckpointError(f"{key}: expected one number")
+        return float(self._read("alpha").reshape(())) / rank
+
+    def _read(self, end: str) -> np.ndarray:
+        problems: list[str] = []
+        value = read_numbers(self.file, self.keys[end], problems)
+        if value is None:
+            raise CheckpointError(problems[0])
+        return value

@@ -1,31 +1,27 @@
-"""Which parameter is called what by torch, and how its axes lie there: given by rules.
-
-A rule is a parameter's path and the name that torch's ``state_dict`` has for it. All transposes
-between the two worlds are in this file.
-"""
+"""What torch calls each parameter: rules from paths to the names of a ``state_dict``."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from jax_lora.adapter import Layout, leaves_by_path
-from jax_lora.discover import MATRIX_USES, Use
 from jax_lora.errors import ConfigError
+from jax_lora.rules import check_fields
 
 Kind = Literal["linear", "conv1d", "embedding", "conv"]
-_KIND_OF_USE: dict[str, Kind] = {
-    "linear": "linear",
-    "convolution": "conv",
-    "embedding": "embedding",
-}
 _FIELD = re.compile(r"\{(\w+)(\*\*)?\}")
+
+
+def _is_part(part: Any) -> bool:
+    if isinstance(part, Mapping):
+        sizes = all(type(size) is int and size > 0 for size in part.values())
+        return len(part) > 1 and sizes and all(isinstance(word, str) and word for word in part)
+    words = isinstance(part, (tuple, list)) and all(isinstance(x, str) and x for x in part)
+    return words and 0 < len(set(part)) == len(part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Name:
     ``{field}`` in the path stands for one component or a part of one, ``{field**}`` for several
     components, whose slashes become dots. In the name, ``{field}`` is what stood there; a field
     that the path does not have counts along a stack-axis of the parameter, such as the layers of a
-    scan. The first rule that matches a path decides.
+    scan, unless ``parts`` says otherwise. The first rule that matches a path decides.
 
     Attributes:
         path: The parameter's path, such as ``"params/layers_{layer}/q/kernel"``.
@@ -43,10 +39,14 @@ class Name:
         kind: What the module is in torch: ``"linear"``, whose weight is ``[out, in]``;
             ``"conv1d"``, the linear layer of GPT-2, with ``[in, out]``; ``"embedding"``; or
             ``"conv"``. None to read it from the parameter's use.
-        axes: For a convolution, a letter for each axis of the parameter but its stack-axes: ``i``
-            and ``o`` for channels, any other for space, such as ``"hwio"``. Without it the input
-            channels are taken to be beside the output channels, as they are in ``"hwio"`` and
-            ``"oihw"``.
+        axes: A letter for each axis of the parameter: ``i`` for inputs and ``o`` for outputs, each
+            as often as need be, ``s`` for a stack (without one, stack-axes come first), and for a
+            convolution any other letter for a direction in space: ``"io"``, ``"ioo"`` (an input to
+            several heads), ``"hwio"``. Needed only where no function says it, and for a convolution
+            whose input channels are not beside its outputs.
+        parts: For a field that the path does not have. Words, ``{"which": ("gate", "up")}``, are
+            the entries of the stack-axis by name. Words with sizes, ``{"p": {"q": 64, "k": 16,
+            "v": 16}}``, are modules of torch whose outputs lie side by side in this one parameter.
 
     Raises:
         ConfigError: A field that cannot mean anything.
@@ -64,38 +64,72 @@ class Name:
     name: str
     kind: Kind | None = None
     axes: str = ""
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        problems = self._text_problems()
+        if not problems:
+            problems += self._field_problems()
+        if self.kind is not None and self.kind not in get_args(Kind):
+            problems.append(f"expected kind to be one of {get_args(Kind)}, got {self.kind!r}")
+        problems += self._axes_problems()
+        if problems:
+            raise ConfigError(f"in the rule for {self.path!r}:\n  " + "\n  ".join(problems))
+
+    def _text_problems(self) -> list[str]:
         problems = []
         for field in ("path", "name"):
             value = getattr(self, field)
             plain = _FIELD.sub("", value) if isinstance(value, str) else ""
             if not isinstance(value, str) or not value or "{" in plain or "}" in plain:
                 problems.append(f"expected {field} to be text with {{fields}}, got {value!r}")
-        if not problems:
-            for field in ("path", "name"):
-                found = [name for name, _ in _FIELD.findall(getattr(self, field))]
-                if len(set(found)) < len(found):
-                    problems.append(f"expected each field once in {getattr(self, field)!r}")
-            if lost := set(self._bound) - set(self._named):
-                problems.append(
-                    f"expected the name to have the fields of the path, {self.name!r} lacks "
-                    f"{', '.join(sorted(lost))}: different parameters would get one name"
-                )
-        if self.kind is not None and self.kind not in get_args(Kind):
-            problems.append(f"expected kind to be one of {get_args(Kind)}, got {self.kind!r}")
-        letters = self.axes if isinstance(self.axes, str) else "?"
-        if letters and (len(set(letters)) < len(letters) or not {"i", "o"} <= set(letters)):
+        if not isinstance(self.parts, Mapping) or not all(map(_is_part, self.parts.values())):
             problems.append(
-                f"expected axes to be different letters, i and o among them, got {self.axes!r}"
+                "expected parts to have, by field, different words or words with sizes, got "
+                f"{self.parts!r}"
             )
-        if letters and self.kind != "conv":
-            problems.append("expected axes only with kind='conv'")
-        if problems:
-            raise ConfigError(f"in the rule for {self.path!r}:\n  " + "\n  ".join(problems))
+        return problems
+
+    def _field_problems(self) -> list[str]:
+        problems = []
+        for field in ("path", "name"):
+            found = [name for name, _ in _FIELD.findall(getattr(self, field))]
+            if len(set(found)) < len(found):
+                problems.append(f"expected each field once in {getattr(self, field)!r}")
+        if lost := set(self.bound) - set(self._named):
+            problems.append(
+                f"expected the name to have the fields of the path, {self.name!r} lacks "
+                f"{', '.join(sorted(lost))}: different parameters would get one name"
+            )
+        if odd := [x for x in self.parts if x in self.bound or x not in self._named]:
+            problems.append(
+                f"expected parts of fields that the name has and the path does not, got {odd}"
+            )
+        if len([x for x in self.parts.values() if isinstance(x, Mapping)]) > 1:
+            problems.append("expected at most one field of parts to have sizes")
+        return problems
+
+    def _axes_problems(self) -> list[str]:
+        axes = self.axes if isinstance(self.axes, str) else "?"
+        if not axes:
+            return []
+        if self.kind is None:
+            return ["expected axes only together with kind"]
+        spatial = [letter for letter in axes if letter not in "ios"]
+        once = self.kind != "conv" or (axes.count("i"), axes.count("o")) == (1, 1)
+        if not {"i", "o"} <= set(axes) or not once or len(set(spatial)) < len(spatial):
+            return [
+                "expected axes to have i and o, each once for a convolution, and other letters at "
+                f"most once, got {self.axes!r}"
+            ]
+        if (self.kind == "conv") != bool(spatial):
+            what = "a convolution" if spatial else "no convolution"
+            return [f"expected kind={self.kind!r} with other axes than {axes!r}, those of {what}"]
+        return []
 
     @property
-    def _bound(self) -> tuple[str, ...]:
+    def bound(self) -> tuple[str, ...]:
+        """The fields of the path."""
         return tuple(name for name, _ in _FIELD.findall(self.path))
 
     @property
@@ -105,16 +139,30 @@ class Name:
     @property
     def counted(self) -> tuple[str, ...]:
         """The fields that count along the stack-axes."""
-        return tuple(name for name in self._named if name not in self._bound)
+        split = {field for field, _ in self.outputs}
+        return tuple(x for x in self._named if x not in self.bound and x not in split)
 
-    def match(self, path: str) -> dict[str, str] | None:
-        """The fields' values in a path; None if it does not match."""
+    @property
+    def outputs(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
+        """The field that stands for modules side by side, if there is one, with their sizes."""
+        return tuple((x, part) for x, part in self.parts.items() if isinstance(part, Mapping))
+
+    def word(self, field: str, index: int) -> str:
+        """What a field that counts is for an entry of the stack."""
+        return str(self.parts[field][index]) if field in self.parts else str(index)
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
         pattern, at = "", 0
         for field in _FIELD.finditer(self.path):
             some = ".+" if field[2] else "[^/]+"
             pattern += re.escape(self.path[at : field.start()]) + f"(?P<{field[1]}>{some})"
             at = field.end()
-        found = re.fullmatch(pattern + re.escape(self.path[at:]), path)
+        return re.compile(pattern + re.escape(self.path[at:]))
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """The fields' values in a path; None if it does not match."""
+        found = self._pattern.fullmatch(path)
         if found is None:
             return None
         return {field: value.replace("/", ".") for field, value in found.groupdict().items()}
@@ -123,280 +171,97 @@ class Name:
         """The name with its fields filled in."""
         return _FIELD.sub(lambda field: values[field[1]], self.name)
 
+    def to_json(self) -> dict[str, Any]:
+        """The rule as JSON-able data, without what is not set."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field: value for field, value in found.items() if value}
 
-#: The names that Hugging Face's Flax models have, and models that keep torch's structure.
-FLAX = (
-    Name("params/{module**}/kernel", "{module}.weight"),
-    Name("params/{module**}/embedding", "{module}.weight", kind="embedding"),
-    Name("params/{module**}/scale", "{module}.weight"),
-    Name("params/{module**}/bias", "{module}.bias"),
-    Name("params/{parameter**}", "{parameter}"),
-)
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Name:
+        """The rule that `to_json` wrote, or a person.
+
+        Raises:
+            ConfigError: An unknown field, a missing one, or an impossible value.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"expected a rule to be path, name, ..., got {data!r}")
+        check_fields(cls, data)
+        if lost := {"path", "name"} - set(data):
+            raise ConfigError(
+                f"expected a rule with {' and '.join(sorted(lost))}, got {dict(data)}"
+            )
+        return cls(**data)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One parameter of the torch model, and where it is in ours.
+class Rules:
+    """Rules by the paths that they decide about: the first that matches one.
 
-    Attributes:
-        name: Its name in torch.
-        path: The path of the parameter that it is, or is a part of.
-        index: Its place in the stack.
-        shape: The shape of the parameter at that path.
-        kind: What its module is.
-        layout: The roles of the parameter's axes; None if they are not known.
-        order: For each in-axis of torch's weight, its place among the layout's.
-        stacked: The number of stack-axes.
-        used_as: As what kinds of module the parameter is used.
-        sure: Whether the kind is known, from its rule or its use, and not assumed.
+    A rule for a single path is found without asking the others, of which there may be thousands.
     """
 
-    name: str
-    path: str
-    index: tuple[int, ...]
-    shape: tuple[int, ...]
-    kind: Kind
-    layout: Layout | None
-    order: tuple[int, ...]
-    stacked: int
-    used_as: frozenset[str] = frozenset()
-    sure: bool = True
+    def __init__(self, rules: Iterable[Name | tuple[str, str]]):
+        self._rules = [rule if isinstance(rule, Name) else Name(*rule) for rule in rules]
+        self._single: dict[str, int] = {}
+        self._others: list[int] = []
+        for k, rule in enumerate(self._rules):
+            if rule.bound:
+                self._others.append(k)
+            else:
+                self._single.setdefault(rule.path, k)
 
-    @property
-    def module(self) -> str:
-        """The module it belongs to."""
-        return self.name.rpartition(".")[0]
+    def of(self, path: str) -> tuple[Name, dict[str, str]] | None:
+        """The rule that decides about a path, and its fields' values; None if there is none."""
+        single = self._single.get(path, len(self._rules))
+        for k in self._others:
+            if k > single:
+                break
+            values = self._rules[k].match(path)
+            if values is not None:
+                return self._rules[k], values
+        return (self._rules[single], {}) if single < len(self._rules) else None
 
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is what LoRA adapts of its module."""
-        return self.name.endswith(".weight")
-
-    @property
-    def matrix(self) -> Layout:
-        """The layout, where there has to be one."""
-        assert self.layout is not None
-        return self.layout
-
-    @property
-    def stack_axes(self) -> tuple[int, ...]:
-        """The axes that hold one such parameter each."""
-        return tuple(range(self.stacked)) if self.layout is None else self.layout.stack_axes
-
-    @property
-    def ins(self) -> tuple[int, ...]:
-        """The sizes of the in-axes, in our order."""
-        return tuple(self.matrix.shape[i] for i in self.matrix.in_axes)
-
-    @property
-    def outs(self) -> tuple[int, ...]:
-        """The sizes of the out-axes."""
-        return tuple(self.matrix.shape[i] for i in self.matrix.out_axes)
-
-    def problem_of_factors(self) -> str:
-        """Why it cannot have factors that torch's module has; empty if it can."""
-        if self.layout is None:
-            return "the roles of its axes are not in layouts"
-        if len(self.used_as) > 1:
-            return (
-                f"it is used as {' and '.join(sorted(self.used_as))}: torch's {self.module!r} is "
-                "only one of these, and adapting it leaves the other as it is; give the function "
-                "two parameters"
-            )
-        if self.kind == "embedding" and len(self.ins) > 1:
-            return f"expected an embedding to have one axis of rows, got {self.ins}"
-        return ""
-
-    def a_shape(self, rank: int) -> tuple[int, ...]:
-        """The shape of torch's A."""
-        ordered = tuple(self.ins[i] for i in self.order)
-        return (rank, *ordered) if self.kind == "conv" else (rank, math.prod(ordered))
-
-    def b_shape(self, rank: int) -> tuple[int, ...]:
-        """The shape of torch's B."""
-        ones = (1,) * (len(self.order) - 1) if self.kind == "conv" else ()
-        return (self.matrix.fan_out, rank, *ones)
-
-    def magnitude_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes that DoRA's magnitudes have: the one that PEFT writes, and a plain vector."""
-        out = self.matrix.fan_out
-        plain: tuple[int, ...] = (out,)
-        ones = (1,) * (len(self.order) - 1)
-        return ((1, out, *ones), plain) if self.kind == "conv" else (plain,)
-
-    def a_from_torch(self, a: np.ndarray) -> np.ndarray:
-        """``[*in, rank]`` of torch's A."""
-        a = a.reshape(a.shape[0], *[self.ins[i] for i in self.order])
-        return a.transpose(*[1 + self.order.index(i) for i in range(len(self.order))], 0)
-
-    def a_to_torch(self, a: np.ndarray) -> np.ndarray:
-        """Torch's A of ``[in, rank]`` or ``[*in, rank]``."""
-        rank = a.shape[-1]
-        a = a.reshape(*self.ins, rank).transpose(len(self.order), *self.order)
-        return a.reshape(self.a_shape(rank))
-
-    def b_from_torch(self, b: np.ndarray) -> np.ndarray:
-        """``[rank, *out]`` of torch's B."""
-        return b.reshape(self.matrix.fan_out, -1).T.reshape(-1, *self.outs)
-
-    def b_to_torch(self, b: np.ndarray) -> np.ndarray:
-        """Torch's B of ``[rank, out]`` or ``[rank, *out]``."""
-        return b.reshape(b.shape[0], -1).T.reshape(self.b_shape(b.shape[0]))
-
-    @property
-    def _axes(self) -> tuple[int, ...]:
-        """Our axes, without those of the stack, in torch's order."""
-        layout = self.layout
-        rest = self.rest
-        if layout is None:
-            return tuple(range(len(rest)))
-        ins = [layout.in_axes[i] for i in self.order]
-        outs = list(layout.out_axes)
-        first = (*ins, *outs) if self.kind in ("conv1d", "embedding") else (*outs, *ins)
-        return tuple(rest.index(i) for i in first)
-
-    @property
-    def rest(self) -> tuple[int, ...]:
-        """Our axes without those of the stack."""
-        return tuple(i for i in range(len(self.shape)) if i not in self.stack_axes)
-
-    @property
-    def where(self) -> tuple[Any, ...]:
-        """The index of its part of our parameter."""
-        at = dict(zip(self.stack_axes, self.index, strict=True))
-        return tuple(at.get(i, slice(None)) for i in range(len(self.shape)))
-
-    @property
-    def part_shape(self) -> tuple[int, ...]:
-        """The shape of its part of our parameter."""
-        return tuple(self.shape[i] for i in self.rest)
-
-    @property
-    def torch_shape(self) -> tuple[int, ...]:
-        """Its shape in torch."""
-        shape = [self.part_shape[i] for i in self._axes]
-        layout = self.layout
-        if layout is None or self.kind == "conv":
-            return tuple(shape)
-        flat = (layout.fan_in, layout.fan_out)
-        return flat if self.kind in ("conv1d", "embedding") else flat[::-1]
-
-    def from_torch(self, value: np.ndarray) -> np.ndarray:
-        """Our part of torch's value."""
-        axes = self._axes
-        value = value.reshape([self.part_shape[i] for i in axes])
-        return value.transpose([axes.index(i) for i in range(len(axes))])
-
-    def to_torch(self, part: np.ndarray) -> np.ndarray:
-        """Torch's value of our part."""
-        return part.transpose(self._axes).reshape(self.torch_shape)
+    def used_for(self, paths: Iterable[str]) -> list[Name]:
+        """The rules that decide about some paths, in their order."""
+        used = {id(found[0]) for path in paths if (found := self.of(path))}
+        return [rule for rule in self._rules if id(rule) in used]
 
 
-def places_of(
-    params: Any,
-    names: Iterable[Name | tuple[str, str]],
-    layouts: Mapping[str, Any],
-) -> dict[str, Place]:
-    """All parameters that the rules name, by their name in torch.
+def flax_names(*, numbered: Iterable[str] = (), stacked: Iterable[str] = ()) -> tuple[Name, ...]:
+    """The names of a tree that keeps torch's structure, with the leaves' names of Flax or torch.
+
+    ``kernel``, ``embedding`` and ``scale`` are torch's ``weight``; everything else keeps its name.
+    The tree may begin with ``params`` or not, and its leaves may be Flax's variables.
 
     Args:
-        params: The parameters, or their shapes.
-        names: The rules; a pair is a rule that sets nothing else.
-        layouts: The roles of the axes by path: what `jax_lora.discover` returns, ``plan.targets``,
-            an adapter, or `Layout`.
+        numbered: Lists of modules whose number is part of their component, as with Flax's names:
+            for ``"layers"`` is ``layers_3/q/kernel`` torch's ``layers.3.q.weight``. Without it
+            that would be ``layers_3.q.weight``, and ``layers/3/q/kernel`` is right as it is.
+        stacked: Lists of modules that are one, with a leading axis, as in a scan: for ``"layers"``
+            is ``layers/q/kernel`` each of torch's ``layers.{number}.q.weight``.
 
-    Raises:
-        ConfigError: Rules that do not fit the parameters, or give two of them one name.
+    Returns:
+        The rules, `FLAX` if no lists are given. Put your own before them for what is called
+        otherwise: the first rule that matches a path decides.
+
+    Example:
+        >>> rules = flax_names(numbered=["layers"])
+        >>> values = [(rule, rule.match("params/model/layers_3/q/kernel")) for rule in rules]
+        >>> next(rule.fill(found) for rule, found in values if found)
+        'model.layers.3.q.weight'
     """
-    rules = [rule if isinstance(rule, Name) else Name(*rule) for rule in names]
-    places: dict[str, Place] = {}
-    problems: list[str] = []
-    for path, leaf in leaves_by_path(params).items():
-        matches = ((rule, rule.match(path)) for rule in rules)
-        rule, values = next(((r, v) for r, v in matches if v is not None), (None, None))
-        if rule is None or values is None:
-            continue
-        shape = tuple(np.shape(leaf)) if not hasattr(leaf, "shape") else tuple(leaf.shape)
-        layout, kinds = _role(layouts.get(path), shape)
-        kind = rule.kind or (kinds[0] if kinds else "linear")
-        stack_axes = layout.stack_axes if layout else tuple(range(len(rule.counted)))
-        if len(stack_axes) != len(rule.counted) or len(shape) < len(stack_axes):
-            what = f"stack-axes {layout.stack_axes}" if layout else f"shape {shape}"
-            problems.append(
-                f"{path}: expected a field of {rule.name!r} for each stack-axis that the path does "
-                f"not have, it counts {rule.counted}, and the parameter has {what}"
-            )
-            continue
-        order = _order(rule, layout, kind)
-        if isinstance(order, str):
-            problems.append(f"{path}: {order}")
-            continue
-        for index in itertools.product(*(range(shape[i]) for i in stack_axes)):
-            counted = dict(zip(rule.counted, map(str, index), strict=True))
-            name = rule.fill(values | counted)
-            if name in places:
-                problems.append(f"{path}: is called {name!r}, and so is {places[name].path}")
-                continue
-            places[name] = Place(
-                name,
-                path,
-                index,
-                shape,
-                kind,
-                layout,
-                order,
-                len(stack_axes),
-                used_as=frozenset(kinds),
-                sure=rule.kind is not None or bool(kinds),
-            )
-    if problems:
-        raise ConfigError("the names do not fit the parameters:\n  " + "\n  ".join(problems))
-    if not places:
-        raise ConfigError(
-            "expected names for some of the parameters, no rule matches any; the paths are such as "
-            + ", ".join(list(leaves_by_path(params))[:3])
-        )
-    return places
+    starts = [("{at**}/", "{at}."), ("", "")]
+    lists = [(f"{at}{x}_{{n}}/", f"{to}{x}.{{n}}.") for x in numbered for at, to in starts]
+    lists += [(f"{at}{x}/", f"{to}{x}.{{n}}.") for x in stacked for at, to in starts]
+    leaves: dict[str, Kind | None] = {"kernel": None, "embedding": "embedding", "scale": None}
+    rules = []
+    for top, end in itertools.product(("params/", ""), ("/value", "")):
+        for at, to in (*lists, ("", "")):
+            for leaf, kind in leaves.items():
+                module = Name(f"{top}{at}{{m**}}/{leaf}{end}", f"{to}{{m}}.weight", kind)
+                rules += [module, Name(f"{top}{at}{leaf}{end}", f"{to}weight", kind)]
+            rules.append(Name(f"{top}{at}{{m**}}{end}", f"{to}{{m}}"))
+    return tuple(rules)
 
 
-def _role(known: Any, shape: tuple[int, ...]) -> tuple[Layout | None, list[Kind]]:
-    """The layout that what is known of a parameter gives it, and what kinds it is used as."""
-    if isinstance(known, Layout):
-        return known, []
-    uses: Sequence[Use] = known if isinstance(known, tuple) else getattr(known, "uses", ())
-    layout = None if isinstance(known, tuple) else getattr(known, "layout", None)
-    kinds: list[Kind] = []
-    for use in uses:
-        found = use.layout(shape)
-        if found is not None:
-            layout = layout or found
-            kinds.append(_KIND_OF_USE[MATRIX_USES[use.primitive]])
-    return layout, kinds
-
-
-def _order(rule: Name, layout: Layout | None, kind: Kind) -> tuple[int, ...] | str:
-    """Where each of torch's in-axes is among the layout's, or what is wrong."""
-    if layout is None:
-        return ()
-    ins = tuple(range(len(layout.in_axes)))
-    if kind != "conv":
-        return ins
-    if len(layout.out_axes) != 1 or len(ins) < 2:
-        return (
-            "expected a convolution to have one out-axis and an in-axis for each of its channels "
-            f"and directions, got in={layout.in_axes}, out={layout.out_axes}"
-        )
-    (out,) = layout.out_axes
-    if rule.axes:
-        axes = [i for i in range(len(layout.shape)) if i not in layout.stack_axes]
-        if len(axes) != len(rule.axes) or axes[rule.axes.index("o")] != out:
-            return (
-                f"expected axes={rule.axes!r} to fit shape {layout.shape}, with 'o' at axis {out}"
-            )
-        channel = layout.in_axes.index(axes[rule.axes.index("i")])
-    else:
-        channel = min(ins, key=lambda i: abs(layout.in_axes[i] - out))
-        beside = [i for i in ins if abs(layout.in_axes[i] - out) == 1]
-        if beside != [channel]:
-            return "expected the input channels beside the output channels; say axes= in its rule"
-    return (channel, *(i for i in ins if i != channel))
+#: The names of trees that keep torch's structure; see `flax_names`.
+FLAX = flax_names()

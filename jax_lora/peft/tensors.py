@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.errors import CheckpointError
+from jax_lora.peft.files import listed, new_file
 
 #: The dtypes of trained numbers.
 FLOATS = {
@@ -27,12 +28,18 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-#: Bytes of one element of what a file may hold besides.
-_OTHER = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-#: The format's own limit for the header.
-_MAX_HEADER = 100_000_000
-_MAX_JSON = 16 * 2**20
+#: And what a file may hold besides.
+DTYPES = FLOATS | {
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    **{f"I{8 * size}": np.dtype(f"int{8 * size}") for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": np.dtype(f"uint{8 * size}") for size in (1, 2, 4, 8)},
+    "BOOL": np.dtype(bool),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: A hundred thousand tensors; what Python makes of JSON takes up to 25 times the text.
+_MAX_HEADER = 16 * 2**20
+_MAX_JSON = 4 * 2**20
 _DAMAGED = "a damaged or an unfinished copy? Fetch the file again"
 
 
@@ -107,20 +114,16 @@ class TensorFile:
                     "overlaps, they do not"
                 )
         if problems:
-            raise CheckpointError(f"{path}: {_DAMAGED}:\n  " + "\n  ".join(problems))
+            raise CheckpointError(f"{path}: {_DAMAGED}:\n  {listed(problems)}")
         return cls(path, tensors, metadata)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype it was written in.
 
         Raises:
-            CheckpointError: It cannot be read, or is not of a floating-point dtype.
+            CheckpointError: It cannot be read.
         """
         stored = self.tensors[name]
-        if stored.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{self.path}: {name}: expected one of {', '.join(FLOATS)}, found {stored.dtype}"
-            )
         try:
             with self.path.open("rb") as file:
                 file.seek(stored.begin)
@@ -129,7 +132,26 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
         if len(data) != stored.end - stored.begin:
             raise CheckpointError(f"{self.path}: {name}: the file ends within it; {_DAMAGED}")
-        return np.frombuffer(data, FLOATS[stored.dtype]).reshape(stored.shape)
+        return np.frombuffer(data, DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+class StoredArray:
+    """A tensor of a file that is read when its values are asked for, and not kept.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    def __init__(self, file: TensorFile, name: str):
+        self._file, self._name = file, name
+        stored = file.tensors[name]
+        self.shape, self.dtype = stored.shape, DTYPES[stored.dtype]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For numpy: the values."""
+        value = self._file.read(self._name)
+        return value if dtype is None else value.astype(dtype)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -154,10 +176,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         at += x.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -210,12 +232,11 @@ def _stored(entry: Any, start: int) -> Stored | str:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "expected dtype, shape and data_offsets"
     dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or (dtype not in FLOATS and dtype not in _OTHER):
-        return f"expected a dtype among {', '.join([*FLOATS, *_OTHER])}, found {dtype!r}"
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"expected a dtype among {', '.join(DTYPES)}, found {dtype!r:.60}"
     if not _sizes(shape) or not _sizes(places) or len(places) != 2:
         return "expected shape and data_offsets to be non-negative integers"
-    itemsize = _OTHER[dtype] if dtype in _OTHER else FLOATS[dtype].itemsize
-    needed = math.prod(shape) * itemsize
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
     if places[1] - places[0] != needed:
         return (
             f"a tensor of {dtype} and shape {shape} takes {needed:,} bytes, data_offsets leave it "

@@ -6,6 +6,7 @@ The line enters a variant into rules, plans, checkpoints, the algebra and the co
 from jax_lora.adapter import Variant
 from jax_lora.variants.dora import DoraFactors as DoraFactors
 from jax_lora.variants.dora import cache_norms as cache_norms
+from jax_lora.variants.dora import column_norms as column_norms
 from jax_lora.variants.full import FullValue as FullValue
 from jax_lora.variants.full import RowValues as RowValues
 from jax_lora.variants.loha import LohaFactors as LohaFactors

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax_lora.adapter import (
     RANK,
     Adapter,
+    Layout,
     Settings,
     check_fits,
     check_plain,
@@ -64,11 +65,7 @@ class DoraFactors(LoraFactors):
 
     @classmethod
     def _more(cls, w: jax.Array, settings: Settings) -> dict[str, Any]:
-        # In float32 at least, whatever the factors are: they are few, and a rounded norm would be
-        # felt by the whole column.
-        norm = jnp.sqrt((_wide(w, settings.dtype) ** 2).sum(settings.matrix.in_axes))
-        order = sorted(settings.matrix.column_axes)
-        norm = jnp.transpose(norm, [order.index(i) for i in settings.matrix.column_axes])
+        norm = column_norms(w, settings.matrix, settings.dtype)
         return {"magnitude": norm, "base_norm": jnp.array(norm)}
 
     @classmethod
@@ -142,6 +139,16 @@ class DoraFactors(LoraFactors):
         # The sum with zeros is split as they are, where shardings are part of the types.
         base = self.base_norm + jnp.zeros_like(change)
         return jnp.where(change == 0, base, jnp.sqrt(jnp.maximum(base**2 + change, 0)))
+
+
+def column_norms(w: jax.Array, layout: Layout, dtype: str = "float32") -> jax.Array:
+    """``|W|: [*stack, *out]``, in float32 at least, whatever the factors are.
+
+    They are few, and a rounded norm would be felt by the whole column.
+    """
+    norm = jnp.sqrt((_wide(w, dtype) ** 2).sum(layout.in_axes))
+    order = sorted(layout.column_axes)
+    return jnp.transpose(norm, [order.index(i) for i in layout.column_axes])
 
 
 def cache_norms(params: Any, adapter: Adapter) -> Adapter:

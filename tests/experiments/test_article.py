@@ -13,15 +13,10 @@ import numpy as np
 import pytest
 
 import jax_lora as jl
-from jax_lora.experiments.article import (
-    Reproduce,
-    load_base,
-    load_data,
-    new_folder,
-    run_reproduce,
-    same_bits,
-)
+from jax_lora.experiments.article import Reproduce, new_folder, run_reproduce
+from jax_lora.experiments.epochs import Resident
 from jax_lora.experiments.options import DataOptions
+from jax_lora.experiments.phases import load_base, load_data, same_bits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -137,17 +132,51 @@ def test_checkpoints_are_those_of_the_results(first: tuple[Path, Any]) -> None:
         assert accuracy == pytest.approx(results[phase]["accuracy"][-1], abs=1.01 / len(test))
 
 
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The first experiment once more, interrupted in the middle of its second phase."""
+    out = tmp_path_factory.mktemp("resumed") / "new"
+    options = Reproduce(**TINY, seed=3, out=out, save_every_steps=4, resume=True)
+    run_steps, calls = Resident.__call__, 0
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20:  # a phase has two epochs in six parts each
+            raise KeyboardInterrupt
+        return run_steps(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Resident, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_reproduce(options)
+        assert sorted(path.name for path in out.iterdir()) == ["base", "checkpoints"]
+        return out, run_reproduce(options)
+
+
 def test_the_seed_decides_every_number(
-    first: tuple[Path, Any], reproduce: Callable[..., tuple[Path, Any]]
+    first: tuple[Path, Any],
+    resumed: tuple[Path, Any],
+    reproduce: Callable[..., tuple[Path, Any]],
 ) -> None:
-    out, results = first
-    again_out, again = reproduce(seed=3)
+    """Interrupted or not."""
+    (out, results), (again_out, again) = first, resumed
     assert numbers(again) == numbers(results)
+    assert again["lora"]["accuracy_before"] == results["lora"]["accuracy_before"]
     for name in ("base", "adapter"):
         load = jl.io.load_params if name == "base" else jl.io.load_adapter
         assert same_bits(load(again_out / name)[0], load(out / name)[0])
     _, other = reproduce(seed=4)
     assert all(one != two for one, two in zip(numbers(other), numbers(results), strict=True))
+
+
+def test_an_interrupted_run_says_so(first: tuple[Path, Any], resumed: tuple[Path, Any]) -> None:
+    (_, results), (out, again) = first, resumed
+    assert again["notes"][:1] == results["notes"]
+    assert "interrupted and resumed (base after the steps none; LoRA after" in again["notes"][1]
+    assert again["notes"][1][:30] in (out / "report.md").read_text()
+    with pytest.raises(jl.ConfigError, match=f"{out} is finished"):
+        run_reproduce(Reproduce(**TINY, seed=3, out=out, save_every_steps=4, resume=True))
 
 
 def test_same_bits() -> None:

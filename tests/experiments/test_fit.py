@@ -11,36 +11,17 @@ import numpy as np
 import optax
 import pytest
 
-from jax_lora.data import Dataset, Split
 from jax_lora.errors import ConfigError, JaxLoraError
 from jax_lora.experiments.fit import Phase, data_parallel, fit, normalize
 from jax_lora.experiments.options import TrainOptions
-
-TRAIN, TEST, CLASSES = 50, 23, 3
-
-
-def split(size: int, seed: int) -> Split:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, CLASSES, size, np.int32)
-    # Learnable: the class is the brightest of the first pixels.
-    images = rng.integers(0, 128, (size, 2, 2, 1), np.uint8)
-    images.reshape(size, -1)[np.arange(size), labels] += 100
-    return Split(images, labels)
-
-
-DATASET = Dataset("made up", split(TRAIN, 0), split(TEST, 1), ("a", "b", "c"), 255, "made up")
-
-
-def predict(weight: jax.Array, frozen: Any, images: jax.Array) -> jax.Array:
-    return images @ weight
+from tests.experiments.small import CLASSES, DATASET, TEST, TRAIN, predict, start
 
 
 def run(**options: Any) -> Phase:
     options = {"batch_size": 8, "epochs": 2, "learning_rate": 0.1, "num_devices": 1} | options
     chosen = TrainOptions(**options)
-    weight = jnp.asarray(np.random.default_rng(2).normal(size=(4, CLASSES)), jnp.float32)
     return fit(
-        predict, weight, None, chosen.optimizer(), DATASET, chosen, jax.random.key(0), "a phase"
+        predict, start(), None, chosen.optimizer(), DATASET, chosen, jax.random.key(0), "a phase"
     )
 
 
@@ -80,7 +61,7 @@ def test_losses_are_means_of_windows_that_stay_within_an_epoch(phase: Phase) -> 
     from jax_lora.training import epoch_order
 
     images = jnp.asarray(DATASET.train.images.reshape(TRAIN, -1))
-    weight = jnp.asarray(np.random.default_rng(2).normal(size=(4, CLASSES)), jnp.float32)
+    weight = start()
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = optimizer.init(weight)
 
@@ -105,7 +86,7 @@ def test_losses_are_means_of_windows_that_stay_within_an_epoch(phase: Phase) -> 
             losses.append(float(value))
         means += [np.mean(losses[k : k + 2]) for k in (0, 2, 4)]
     np.testing.assert_allclose(phase.loss, means, rtol=1e-5)
-    np.testing.assert_allclose(phase.state.trained, weight, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(phase.state.trained["w"], weight["w"], rtol=1e-5, atol=1e-6)
 
 
 def test_streamed_and_pmapped_are_the_same_phase(phase: Phase) -> None:

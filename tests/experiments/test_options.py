@@ -52,6 +52,9 @@ def test_defaults_are_the_articles() -> None:
         ("num_devices", 0),
         ("hidden_dim", 0),
         ("num_hidden", 0),
+        ("save_every_steps", 0),
+        ("save_every_minutes", -1.0),
+        ("keep", 0),
     ],
 )
 def test_out_of_range(name: str, value: Any) -> None:
@@ -67,6 +70,15 @@ def test_all_mistakes_are_named_together() -> None:
         jl.ConfigError, match=r"--epochs of at least 1, got 0; --batch-size .*, got -3"
     ):
         Pretrain(epochs=0, batch_size=-3)
+
+
+def test_options_of_checkpoints_that_would_do_nothing() -> None:
+    with pytest.raises(jl.ConfigError, match=r"--resume with --keep, --keep-best, got none of"):
+        Pretrain(keep=3, keep_best="loss")
+    with pytest.raises(jl.ConfigError, match="expected --resume with --fall-back, got none"):
+        Pretrain(save_every_steps=3, fall_back=True)
+    saving = [Pretrain(**{n: 1}).saves for n in ("save_every_steps", "save_every_minutes")]
+    assert (saving, Pretrain(resume=True).saves, Pretrain().saves) == ([True] * 2, True, False)
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])

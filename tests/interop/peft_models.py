@@ -1,4 +1,4 @@
-"""Six tiny models of PyTorch's world and the same functions in plain JAX over their weights."""
+"""Tiny models of PyTorch's world and the same functions in plain JAX over their weights."""
 
 from __future__ import annotations
 
@@ -177,6 +177,56 @@ def _llama_names(layers: str) -> tuple[jl.peft.Name, ...]:
     )
 
 
+def _llama_fused(p: Any, tokens: Any) -> Any:
+    """Queries, keys and values side by side in one kernel; gate and up in a stack of two."""
+    x = p["embed"]["embedding"][tokens]
+    size = WIDTH // HEADS
+    for k in range(LAYERS):
+        layer = p["layers"][k]
+        products = ("q", "k", "v"), (HEADS * size, (HEADS + KV) * size)
+
+        def dense(name: str, y: Any, layer: Any = layer, products: Any = products) -> Any:
+            short = _SHORT[name]
+            if short in products[0]:
+                parts = jnp.split(y @ layer["qkv"]["kernel"], products[1], -1)
+                return parts[products[0].index(short)]
+            if short in ("gate", "up"):
+                return y @ layer["gating"][("gate", "up").index(short)]
+            return y @ layer[short]["kernel"]
+
+        x = _llama_block(dense, lambda name, layer=layer: layer[_SHORT[name]], x)
+    return _rms(p["norm"], x) @ p["head"]["kernel"]
+
+
+def _fused(state: dict[str, np.ndarray]) -> Any:
+    params = _llama_params(state)
+    layers = [params.pop(f"layers_{k}") for k in range(LAYERS)]
+    for layer in layers:
+        kernels = {short: layer.pop(short)["kernel"] for short in ("q", "k", "v", "gate", "up")}
+        layer["qkv"] = {"kernel": np.concatenate([kernels[x] for x in "qkv"], 1)}
+        layer["gating"] = np.stack([kernels["gate"], kernels["up"]])
+    return params | {"layers": layers}
+
+
+_SIZES = {"q": WIDTH, "k": WIDTH * KV // HEADS, "v": WIDTH * KV // HEADS}
+_FUSED_NAMES = (
+    jl.peft.Name(
+        "layers/{k}/qkv/kernel",
+        "model.layers.{k}.self_attn.{which}_proj.weight",
+        parts={"which": _SIZES},
+    ),
+    jl.peft.Name(
+        "layers/{k}/gating",
+        "model.layers.{k}.mlp.{which}_proj.weight",
+        parts={"which": ("gate", "up")},
+    ),
+)
+
+
+def _llama_tied(p: Any, tokens: Any) -> Any:
+    return _qwen2({**p, "lm_head.weight": p["model.embed_tokens.weight"]}, tokens)
+
+
 def _gpt2(p: Any, tokens: Any) -> Any:
     def conv1d(name: str, x: Any) -> Any:
         return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
@@ -313,10 +363,17 @@ _ENCODER = {
     "intermediate_size": INNER,
 }
 _MAKE_LLAMA = _hf("LlamaConfig", "LlamaForCausalLM", **_LLAMA)
+_MAKE_TIED = _hf("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA)
 
 MODELS = {
     "llama": Model(_MAKE_LLAMA, _llama, TOKENS, _llama_params, _llama_names("layers_{layer}")),
     "llama-scanned": Model(_MAKE_LLAMA, _llama_scanned, TOKENS, _stacked, _llama_names("layers")),
+    "llama-tied": Model(_MAKE_TIED, _llama_tied, TOKENS, _untied),
+    # Torch has one parameter, we have two with its values.
+    "llama-copied": Model(_MAKE_TIED, _qwen2, TOKENS),
+    "llama-fused": Model(
+        _MAKE_LLAMA, _llama_fused, TOKENS, _fused, (*_FUSED_NAMES, *_llama_names("layers/{layer}"))
+    ),
     "qwen2": Model(_hf("Qwen2Config", "Qwen2ForCausalLM", **_LLAMA), _qwen2, TOKENS),
     "gpt2": Model(
         _hf(
@@ -404,9 +461,14 @@ def base(which: str) -> tuple[Any, Any, Any]:
     return params, uses, lambda params: np.asarray(plain(params, jnp.asarray(model.inputs)))
 
 
+@functools.cache
+def _adapted(forward: Callable[[Any, Any], Any]) -> Any:
+    """One function for all adapters: those of the same shapes share a compiled program."""
+    return jax.jit(jl.apply(forward), compiler_options=QUICK)
+
+
 def ours(model: Model, params: Any, adapter: jl.Adapter) -> np.ndarray:
-    adapted = jax.jit(jl.apply(model.forward), compiler_options=QUICK)
-    return np.asarray(adapted(params, adapter, jnp.asarray(model.inputs)))
+    return np.asarray(_adapted(model.forward)(params, adapter, jnp.asarray(model.inputs)))
 
 
 def distance(left: np.ndarray, right: np.ndarray) -> float:
@@ -421,5 +483,7 @@ def randomized(wrapped: Any) -> None:
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
+            elif "hada_" in name or "lokr_" in name:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
             elif parameter.requires_grad:
                 parameter *= 1 + 0.2 * torch.rand_like(parameter)

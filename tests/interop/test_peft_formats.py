@@ -192,6 +192,38 @@ def test_patterns_are_those_of_peft(patterns: dict[str, Any]) -> None:
         assert config.rank_of(name) == patterns.get(get_pattern_key(patterns, name), 2), name
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+            "ensure_weight_tying: one adapter of a table and of a head",
+        ),
+        (
+            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+            "ensure_weight_tying: one adapter of a table and of a head",
+        ),
+        ({"lora_bias": True}, "lora_bias: is set to True, which is not implemented"),
+        ({"target_parameters": ["lm_head.weight"]}, "target_parameters: is set to"),
+        ({"target_modules": ["embed_tokens"]}, "it is used as embedding and linear"),
+    ],
+    ids=str,
+)
+# PEFT warns of tied tables, and of what it does not know of parameters.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_what_peft_can_and_is_not_implemented(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Refused by the name of the setting, or of the parameter: never loaded wrong."""
+    model = MODELS["llama-tied"]
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | settings)
+    peft.get_peft_model(model.torch(), config).save_pretrained(tmp_path)
+    params, uses, _ = base("llama-tied")
+    with pytest.raises(jl.CheckpointError) as caught:
+        jl.peft.load(tmp_path, params, model.names, uses)
+    assert message in str(caught.value)
+
+
 def test_transformers_loads_merged_weights(tmp_path: Path) -> None:
     model = MODELS["llama-scanned"]
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True)

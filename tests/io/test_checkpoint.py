@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jax_lora as jl
-from jax_lora.io import checkpoint
+from jax_lora.io import files
 
 Files = dict[str, bytes]
 
@@ -217,7 +217,7 @@ class TestRefusals:
         timer = threading.Timer(0.005, os.kill, [os.getpid(), signal.SIGINT])
 
         def save() -> None:
-            with checkpoint._interrupts_deferred():
+            with files._interrupts_deferred():
                 timer.start()
                 jl.io.save_params(tmp_path / "base", params)
                 timer.join()
@@ -252,11 +252,11 @@ class TestRefusals:
 
     def test_a_newer_version(self, saved: Path) -> None:
         path = saved / "config" / "metadata"
-        document = json.loads(path.read_text()) | {"version": 3}
+        document = json.loads(path.read_text()) | {"version": 4}
         del document["crc32"]
-        document["crc32"] = checksum(document)
+        document["crc32"] = files.checksum(document)
         path.write_text(json.dumps(document))
-        with pytest.raises(jl.CheckpointError, match=r"version 2 or older, found 3; a newer"):
+        with pytest.raises(jl.CheckpointError, match=r"version 3 or older, found 4; a newer"):
             jl.io.load_adapter(saved)
 
     def test_params_that_the_adapter_does_not_fit(self, saved: Path, params: Any) -> None:
@@ -270,12 +270,6 @@ class TestRefusals:
         assert "params/l1/kernel: made for shape (6, 4), found (4, 6)" in message
         assert "params/stack/kernel: no such parameter" in message
         assert "'params/stacked/kernel'" in message
-
-
-def checksum(document: Any) -> int:
-    from jax_lora.io.checkpoint import _checksum
-
-    return _checksum(document)
 
 
 @pytest.fixture(scope="module")

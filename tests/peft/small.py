@@ -66,11 +66,11 @@ class World:
         plan = jl.plan(forward, self.params, jnp.asarray(TOKENS), config=config)
         fresh = jl.init(jax.random.key(0), self.params, plan)
         leaves, treedef = jax.tree.flatten_with_path(fresh)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
+        rng = np.random.default_rng(1)
         fixed = ("scale", "base_norm")
         moved = [
-            x if path[-1].name in fixed else jax.random.normal(key, x.shape, x.dtype)
-            for key, (path, x) in zip(keys, leaves, strict=True)
+            x if path[-1].name in fixed else jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+            for path, x in leaves
         ]
         return jax.tree.unflatten(treedef, moved)
 

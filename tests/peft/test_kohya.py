@@ -66,7 +66,7 @@ def test_another_prefix(world: World, tmp_path: Path) -> None:
 def test_all_that_does_not_fit_is_one_error(world: World, tmp_path: Path) -> None:
     tensors = _tensors()
     tensors["lora_head.dora_scale"] = np.ones((3, 1), np.float32)
-    tensors["lora_head.hada_w1_a"] = np.ones((3, 1), np.float32)
+    tensors["lora_head.diff"] = np.ones((3, 6), np.float32)
     tensors["lora_layers_2_fc.alpha"] = np.ones((), np.float32)
     del tensors["lora_conv.lora_up.weight"]
     tensors["lora_layers_1_fc.lora_up.weight"] = np.ones((4, 2), np.float32)
@@ -76,9 +76,9 @@ def test_all_that_does_not_fit_is_one_error(world: World, tmp_path: Path) -> Non
     lines = str(caught.value).splitlines()[1:]
     for part in (
         "lora_head.dora_scale: expected a key of LoRA",
-        "lora_head.hada_w1_a: expected a key of LoRA",
+        "lora_head.diff: expected a key of LoRA",
         "lora_layers_2_fc.alpha: no module is called 'lora_layers_2_fc'",
-        "conv: expected lora_down and lora_up, found alpha, lora_down.weight",
+        "conv: expected lora_down and lora_up, or the tensors of LoHa or LoKr, found alpha, lora_",
         "layers.1.fc.weight: expected B of shape (4, 3), found (4, 2)",
     ):
         assert any(part in line for line in lines), (part, lines)

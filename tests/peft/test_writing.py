@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +121,115 @@ def test_whole_modules_are_written(world: World, tmp_path: Path) -> None:
     again = world.load(tmp_path / "out")
     assert set(again) == {"layers/w", "head/bias", "head/kernel"}
     np.testing.assert_allclose(world.ours(again), world.ours(adapter), rtol=1e-5, atol=1e-6)
-    both = world.adapter(targets=("head/kernel", R("head/bias", variant="full")))
+    both = dict(world.adapter(targets=("layers/w", R("layers/b", variant="full"))))
+    both["layers/b"] = jl.FullValue(both["layers/b"].value, (2, 4))
+    weight = jl.peft.Name("layers/b", "layers.{layer}.fc.other")
+    names = (*NAMES[:2], weight, *NAMES[3:])
     with pytest.raises(AdapterError, match="PEFT knows only whole modules"):
-        world.save(tmp_path / "both", both)
+        jl.peft.save(tmp_path / "both", jl.Adapter(both), world.params, names, world.uses)
+
+
+def test_biases_beside_factors(world: World, tmp_path: Path) -> None:
+    """Of adapted modules alone they are ``lora_only``; with others, PEFT trains them all."""
+    near = world.adapter(targets=("head/kernel", R("head/bias", variant="full")))
+    world.save(tmp_path / "near", near)
+    assert _config(tmp_path / "near")["bias"] == "lora_only"
+    assert _config(tmp_path / "near")["modules_to_save"] is None
+    tensors = _file(tmp_path / "near")
+    assert len(tensors) == 3
+    np.testing.assert_array_equal(tensors[f"{P}head.base_layer.bias"], near["head/bias"].value)
+    assert set(world.load(tmp_path / "near")) == {"head/kernel", "head/bias"}
+
+    far = world.adapter(targets=("head/kernel", R("**/b*", variant="full")))
+    far = jl.drop(far, "layers/b")
+    far = jl.Adapter(dict(far) | dict(world.adapter(targets=(R("layers/b", variant="full"),))))
+    world.save(tmp_path / "far", far, flat=False)
+    assert _config(tmp_path / "far")["bias"] == "all"
+    tensors = _file(tmp_path / "far")
+    np.testing.assert_array_equal(tensors[f"{P}layers.1.fc.bias"], far["layers/b"].value[1])
+    assert len(tensors) == 5
+    for name, adapter in (("near", near), ("far", far)):
+        again = world.load(tmp_path / name)
+        assert set(again) == set(adapter)
+        np.testing.assert_allclose(world.ours(again), world.ours(adapter), rtol=1e-5, atol=1e-5)
+
+    # One bias of two: PEFT keeps both, the other as it is in the base, which is then needed.
+    one = world.adapter(targets=("head/kernel", R("head/bias", variant="full"), "layers/w"))
+    world.save(tmp_path / "one", one)
+    np.testing.assert_array_equal(
+        _file(tmp_path / "one")[f"{P}layers.0.fc.base_layer.bias"], world.params["layers"]["b"][0]
+    )
+    shapes = jax.eval_shape(lambda: world.params)
+    with pytest.raises(AdapterError, match="layers/b: expected its values, as bias='lora_only'"):
+        jl.peft.save(tmp_path / "shapes", one, shapes, NAMES, world.uses)
+
+
+def test_rows_of_a_table_that_is_the_head(tmp_path: Path) -> None:
+    """LoRA of PEFT's embedding would reach the lookup alone; its trained tokens reach both."""
+
+    def tied(p: Any, tokens: Any) -> Any:
+        return p["table"][tokens] @ p["mix"] @ p["table"].T
+
+    rng = np.random.default_rng(0)
+    params = {"table": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32), "mix": jnp.eye(3)}
+    tokens = jnp.array([[0, 3, 4]])
+    uses = jl.discover(tied, params, tokens)
+    names = [("{module**}", "{module}.weight")]
+    config = jl.LoraConfig(rank=1, targets=(R("table", rows=(0, 4)), "mix"))
+    adapter = jl.init(jax.random.key(0), params, jl.plan(tied, params, tokens, config=config))
+    value = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    rows = dataclasses.replace(adapter["table"], value=value)
+    adapter = jl.Adapter(dict(adapter) | {"table": rows})
+    jl.peft.save(tmp_path / "out", adapter, params, names, uses)
+    assert _config(tmp_path / "out")["trainable_token_indices"] == {"table": [0, 4]}
+    found = _file(tmp_path / "out")[f"{P}table.token_adapter.trainable_tokens_delta"]
+    np.testing.assert_array_equal(found, value)
+    again = jl.peft.load(tmp_path / "out", params, names, uses).adapter
+    assert (again["table"].rows, again["table"].layout) == ((0, 4), rows.layout)
+    np.testing.assert_array_equal(again["table"].value, value)
+    # Of a table that is the lookup alone they are LoRA, which every reader knows.
+    single = jl.discover(lambda p, t: p["table"][t] @ p["mix"], params, tokens)
+    jl.peft.save(tmp_path / "plain", adapter, params, names, single)
+    assert "trainable_token_indices" not in _config(tmp_path / "plain")
+    plain = jl.peft.load(tmp_path / "plain", params, names, single).adapter
+    np.testing.assert_allclose(
+        jl.delta(plain)["table"], jl.delta(adapter, params)["table"], rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "full"])
+def test_modules_that_are_side_by_side(tmp_path: Path, variant: Any) -> None:
+    """One kernel here is three of torch's, of different sizes, in each of two layers."""
+    sizes = {"q": 4, "k": 2, "v": 2}
+    rule = jl.peft.Name("qkv", "h.{n}.{p}.weight", kind="linear", axes="io", parts={"p": sizes})
+    layout = jl.Layout((2, 3, 8), (1,), (2,), (0,))
+    params = {"qkv": jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)}
+
+    def fun(p: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, w: ((x @ w)[:, :3], None), x, p["qkv"])[0]
+
+    targets = (R("qkv", variant="full"),) if variant == "full" else ("qkv",)
+    settings = {} if variant == "full" else {"variant": variant}
+    config = jl.LoraConfig(rank=2, alpha=3.0, targets=targets, **settings)
+    fresh = jl.init(
+        jax.random.key(0), params, jl.plan(fun, params, jnp.ones((1, 3)), config=config)
+    )
+    moved = {x: getattr(fresh["qkv"], x) + 0.5 for x in fresh["qkv"].TRAINED}
+    adapter = jl.Adapter({"qkv": dataclasses.replace(fresh["qkv"], **moved)})
+    jl.peft.save(tmp_path / "out", adapter, params, [rule])
+    tensors = _file(tmp_path / "out")
+    assert len(tensors) == 6 * {"lora": 2, "dora": 3, "full": 1}[variant]
+    if variant == "lora":
+        entry = adapter["qkv"]
+        for word, columns in (("q", slice(4)), ("k", slice(4, 6)), ("v", slice(6, 8))):
+            a, b = (tensors[f"{P}h.1.{word}.lora_{x}.weight"] for x in "AB")
+            np.testing.assert_array_equal(a, entry.a[1].T)
+            np.testing.assert_array_equal(b, np.float32(1.5) * entry.b[1, :, columns].T)
+    again = jl.peft.load(tmp_path / "out", params, [rule]).adapter
+    assert variant == "full" or again["qkv"].rank == 2  # what they share is there once
+    found, expected = jl.delta(again, params)["qkv"], jl.delta(adapter, params)["qkv"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert layout.shape == again["qkv"].shape
 
 
 def test_names_that_are_ends_of_others_get_an_expression(tmp_path: Path) -> None:
@@ -185,13 +294,83 @@ def test_a_folder_is_whole_or_absent(
     world.save(tmp_path / "empty", adapter)
     assert set(world.load(tmp_path / "empty")) == {"head/kernel"}
 
-    def no_space(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+    # A link is to where the adapter goes; it stays one.
+    (tmp_path / "link").symlink_to(tmp_path / "linked", target_is_directory=True)
+    world.save(tmp_path / "link", adapter)
+    assert (tmp_path / "link").is_symlink()
+    assert set(world.load(tmp_path / "linked")) == {"head/kernel"}
+    # A folder that fills up meanwhile is not replaced.
+    writing = jl.peft.files.write_json
 
-    monkeypatch.setattr(Path, "write_text", no_space)
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
-        world.save(tmp_path / "none", adapter)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
+    def filled_by_another(path: Path, value: Any) -> None:
+        (tmp_path / "raced").mkdir()
+        (tmp_path / "raced" / "theirs").touch()
+        writing(path, value)
+
+    monkeypatch.setattr(jl.peft.writing, "write_json", filled_by_another)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        world.save(tmp_path / "raced", adapter)
+    assert [p.name for p in (tmp_path / "raced").iterdir()] == ["theirs"]
+    names = ["empty", "full", "link", "linked", "raced"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_disk_that_is_full(world: World, tmp_path: Path) -> None:
+    """The system refuses what is beyond the first hundred bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written") as caught:
+            world.save(tmp_path / "out", world.adapter(targets=("head/kernel",)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+class _KilledError(BaseException):
+    """The end of the process."""
+
+
+def test_a_process_that_is_killed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before every call to the system that matters: the whole adapter is there, or none."""
+    adapter = world.adapter(targets=("head/kernel",))
+    left = iter(())
+
+    def mortal(call: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                raise _KilledError
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for where, name in ((os, "fsync"), (Path, "mkdir"), (Path, "rename"), (Path, "open")):
+        monkeypatch.setattr(where, name, mortal(getattr(where, name)))
+    # What is dead does not tidy up.
+    monkeypatch.setattr(jl.peft.files.shutil, "rmtree", lambda *args, **kwargs: None)
+    absent = 0
+    for calls in range(100):
+        left = iter(range(calls))
+        folder = tmp_path / f"{calls}"
+        try:
+            world.save(folder, adapter)
+        except _KilledError:
+            pass
+        else:
+            break
+        finally:
+            left = iter(range(1000))
+        if folder.exists():
+            assert set(world.load(folder)) == {"head/kernel"}
+        else:
+            absent += 1
+    # Two files are opened and synced, and two folders; then it is renamed.
+    assert calls == 8
+    assert absent == 7
 
 
 def test_an_adapter_with_a_leading_axis_is_refused(world: World, tmp_path: Path) -> None:
@@ -209,6 +388,29 @@ def test_bfloat16_factors_stay(world: World, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.a, adapter["head/kernel"].a)
     # The scale is 2, a power of two: it costs no bit.
     np.testing.assert_array_equal(again.b, 2 * adapter["head/kernel"].b)
+
+
+def test_a_scale_that_bfloat16_would_round(world: World, tmp_path: Path) -> None:
+    """One for all is in the configuration; of several, each is in a B of float32."""
+    one = world.adapter(targets=("head/kernel", "layers/w"), dtype="bfloat16", alpha=3)
+    world.save(tmp_path / "one", one)
+    config, tensors = _config(tmp_path / "one"), _file(tmp_path / "one")
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (2, 3, {})
+    assert {x.dtype for x in tensors.values()} == {np.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(tensors[f"{P}head.lora_B.weight"], one["head/kernel"].b.T)
+    two = world.adapter(
+        targets=(R("head/kernel", alpha=3), R("layers/w", alpha=4)), dtype="bfloat16"
+    )
+    world.save(tmp_path / "two", two)
+    tensors = _file(tmp_path / "two")
+    assert _config(tmp_path / "two")["lora_alpha"] == 2
+    dtypes = {key: str(tensors[f"{P}{key}.weight"].dtype) for key in ("head.lora_A", "head.lora_B")}
+    assert dtypes == {"head.lora_A": "bfloat16", "head.lora_B": "float32"}
+    assert tensors[f"{P}layers.0.fc.lora_B.weight"].dtype == jnp.bfloat16  # twice is exact
+    for name, adapter in (("one", one), ("two", two)):
+        found, expected = jl.delta(world.load(tmp_path / name)), jl.delta(adapter)
+        for path, update in expected.items():
+            np.testing.assert_allclose(found[path], update, rtol=1e-6, atol=1e-6)
 
 
 def test_shapes_are_enough_for_factors(world: World, tmp_path: Path) -> None:

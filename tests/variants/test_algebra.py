@@ -227,13 +227,13 @@ class TestCheckpoints:
 
     def changed(self, folder: Path, change: Callable[[Any], None]) -> None:
         """Rewrite the document with a valid checksum, as another version might have."""
-        from jax_lora.io.checkpoint import _checksum
+        from jax_lora.io.files import checksum
 
         path = folder / "config" / "metadata"
         document = json.loads(path.read_text())
         del document["crc32"]
         change(document)
-        path.write_text(json.dumps(document | {"crc32": _checksum(document)}))
+        path.write_text(json.dumps(document | {"crc32": checksum(document)}))
 
     @pytest.mark.parametrize(
         ("change", "match"),
