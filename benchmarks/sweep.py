@@ -5,10 +5,12 @@ momentum:
 
 * `alone`: the epoch that `jax_lora.experiments` runs for one adapter, one compiled program, called
   for one adapter after another.
+* `vmap`: the same under `jax.vmap`, as one would write it without `jl.sweep`: all adapters in it,
+  on the same batches.
 * `same`: the epoch of `jl.sweep` with all adapters in it, on the same batches.
 * `own`: the same, each adapter on the batches of its own shuffle.
 
-First they must agree: after some steps from the same start every factor of every adapter is that of
+First they must agree: after an epoch from the same start every factor of every adapter is that of
 the run alone, within a tolerance. Then they take turns on a part of an epoch, so that a busy moment
 of the machine does not fall on one of them alone; a ratio is the median of the ratios of single
 turns, beside the least and the largest. `--scale` times `same` for more and more adapters, up to
@@ -37,7 +39,7 @@ import numpy as np
 import optax
 
 import jax_lora as jl
-from jax_lora.experiments.article import predict_lora
+from jax_lora.experiments.phases import predict_lora
 from jax_lora.experiments.environment import hardware, versions
 from jax_lora.experiments.fit import losses_of
 from jax_lora.experiments.options import LoraOptions, TrainOptions
@@ -53,6 +55,8 @@ TARGET_SCALE, SCALE_TRIALS = 2.0, 64
 # Between a factor in the sweep and alone: the largest difference over the largest element.
 TOLERANCE = 1e-4
 ORDERS = ("same", "own")
+#: An epoch of all adapters, ready to be timed, from their start: a function without arguments.
+Ready = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ class Result:
     Attributes:
         trials: The number of adapters.
         steps: Steps in a turn.
-        difference: By order, the largest difference from the run alone.
+        difference: By program, the largest difference from the run alone.
         seconds: By program, the seconds of each turn: of all adapters.
-        speedup: By order, how many times as fast as one after another.
+        speedup: By program, how many times as fast as one after another.
     """
 
     trials: int
@@ -111,44 +115,54 @@ class Bench:
         """The article's."""
         return optax.sgd(trial.learning_rate, momentum=self.train.momentum)
 
-    def adapters(self, trials: int) -> list[jl.Adapter]:
+    def trials(self, count: int) -> list[jl.sweep.Trial]:
+        """That many, which differ in their seed."""
+        rate = self.train.learning_rate
+        return [jl.sweep.Trial(seed=k, learning_rate=rate) for k in range(count)]
+
+    def adapters(self, count: int) -> list[jl.Adapter]:
         """Fresh ones."""
-        return [jl.init(jax.random.key(k), self.params, self.plan) for k in range(trials)]
+        return [jl.init(jax.random.key(k), self.params, self.plan) for k in range(count)]
+
+    def order(self, key: jax.Array) -> Any:
+        """The batches of a shuffle."""
+        key = jax.random.fold_in(key, 0)
+        return epoch_order(key, len(self.arrays["label"]), self.train.batch_size)
 
     def alone(self) -> Callable[[jl.Adapter, jax.Array], Any]:
         """An epoch of one adapter, compiled: from the adapter and the shuffle's key."""
-        rate = jl.sweep.Trial(learning_rate=self.train.learning_rate)
-        optimizer = jl.optim.lora_optimizer(self.optimizer(rate))
-        step = train_step(self.loss_fun, optimizer)
+        return self._compiled(self.adapters(1)[0], lambda step: step)
+
+    def vmapped(self, count: int) -> Callable[[jl.Adapter, jax.Array], Any]:
+        """The same of a stack of adapters."""
+        axes: Any = TrainState(None, 0, None, 0)  # type: ignore[arg-type]
+        stacked = stack(self.adapters(count))
+        return self._compiled(
+            stacked, lambda step: jax.vmap(step, in_axes=(axes, None), out_axes=(axes, 0))
+        )
+
+    def _compiled(self, adapter: jl.Adapter, mapped: Callable[[Any], Any]) -> Any:
+        optimizer = jl.optim.lora_optimizer(self.optimizer(self.trials(1)[0]))
+        step = mapped(train_step(self.loss_fun, optimizer))
+        order = jax.jit(self.order)
 
         def epoch(state: TrainState, arrays: Any, batches: Any) -> Any:
             return epoch_over_arrays(step, state, arrays, batches)
 
-        order = jax.jit(lambda key: self._order(key))
-        (adapter,) = self.adapters(1)
-        state = TrainState.create(adapter, optimizer, self.params)
-        batches = order(jax.random.key(0))
-        compiled = jax.jit(epoch).lower(state, self.arrays, batches).compile()
+        def start(adapter: jl.Adapter) -> TrainState:
+            return TrainState.create(adapter, optimizer, self.params)
 
-        def run(adapter: jl.Adapter, key: jax.Array) -> Any:
-            state = TrainState.create(adapter, optimizer, self.params)
-            return compiled(state, self.arrays, order(key))[0].trained
+        arguments = start(adapter), self.arrays, order(jax.random.key(0))
+        compiled = jax.jit(epoch).lower(*arguments).compile()
+        return lambda adapter, key: compiled(start(adapter), self.arrays, order(key))[0].trained
 
-        return run
-
-    def _order(self, key: jax.Array) -> Any:
-        key = jax.random.fold_in(key, 0)
-        return epoch_order(key, len(self.arrays["label"]), self.train.batch_size)
-
-    def sweep(self, trials: int) -> tuple[Program, Callable[[list[jl.Adapter], Any], Slots]]:
+    def sweep(self, count: int) -> tuple[Program, Callable[[list[jl.Adapter], Any], Slots]]:
         """The program of a sweep, and what loads it."""
         settings = jl.sweep.Settings(epochs=1, batch_size=self.train.batch_size)
         devices = jax.local_devices()
-        task = Task(self.loss_fun, self.params, self.arrays, self.optimizer).placed(devices)
-        program = Program(task, settings, {}, trials, devices)
-        data = [
-            jl.sweep.Trial(seed=k, learning_rate=self.train.learning_rate) for k in range(trials)
-        ]
+        task = Task(self.loss_fun, self.params, self.arrays, False, self.optimizer).placed(devices)
+        program = Program(task, settings, {}, count, devices)
+        data = self.trials(count)
         return program, lambda adapters, keys: program.load(data, stack(adapters), None, keys)
 
 
@@ -173,42 +187,66 @@ def measure(bench: Bench, trials: int, turns: int) -> Result:
     Raises:
         SystemExit: An adapter of the sweep is not that of the run alone, or nothing was learned.
     """
-    adapters = bench.adapters(trials)
-    alone, programs, differences = bench.alone(), {}, {}
+    adapters, shared = bench.adapters(trials), order_keys("same", trials)
+    alone, vmapped, stacked = bench.alone(), bench.vmapped(trials), stack(adapters)
+    ready: dict[str, Callable[[], Ready]] = {
+        "alone": lambda: lambda: [alone(adapter, shared) for adapter in adapters],
+        "vmap": lambda: lambda: vmapped(stacked, shared),
+    }
+    check(adapters, alone, unstack(vmapped(stacked, shared), trials), [shared] * trials)
+    differences = {}
     for order in ORDERS:
         program, load = bench.sweep(trials)
         keys = order_keys(order, trials)
         slots, _ = program.epoch(load(adapters, keys), 0)
-        found = unstack(slots.trained, trials)
-        each = keys if order == "own" else [keys] * trials
-        expected = [alone(adapter, key) for adapter, key in zip(adapters, each, strict=True)]
-        differences[order] = difference(found, expected)
-        if not differences[order] < TOLERANCE < difference(adapters, expected):
-            raise SystemExit(
-                f"expected every adapter to learn what it learns alone, within {TOLERANCE}; "
-                f"with {order} batches they differ by {differences[order]:.1e}, and learning made "
-                f"a difference of {difference(adapters, expected):.1e}"
-            )
-        programs[order] = program, load, keys
-    seconds: dict[str, list[float]] = {name: [] for name in ("alone", *ORDERS)}
+        each = list(keys) if order == "own" else [keys] * trials
+        differences[order] = check(adapters, alone, unstack(slots.trained, trials), each)
+        ready[order] = _loaded(program, load, adapters, keys)
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(turns):
-        start = time.perf_counter()
-        for adapter in adapters:
-            jax.block_until_ready(alone(adapter, order_keys("same", trials)))
-        seconds["alone"].append(time.perf_counter() - start)
-        for order, (program, load, keys) in programs.items():
-            seconds[order].append(_timed(program, load(adapters, keys)))
+        for name, load_all in ready.items():
+            seconds[name].append(_timed(load_all()))
     speedup = {}
-    for order in ORDERS:
-        found = [one / all_ for one, all_ in zip(seconds["alone"], seconds[order], strict=True)]
-        speedup[order] = Spread(statistics.median(found), min(found), max(found))
+    for name in ("vmap", *ORDERS):
+        found = [one / all_ for one, all_ in zip(seconds["alone"], seconds[name], strict=True)]
+        speedup[name] = Spread(statistics.median(found), min(found), max(found))
     return Result(trials, bench.steps, differences, seconds, speedup)
 
 
-def _timed(program: Program, slots: Slots) -> float:
-    jax.block_until_ready(slots.trained)
+def check(
+    adapters: Sequence[jl.Adapter], alone: Any, found: Sequence[jl.Adapter], keys: Sequence[Any]
+) -> float:
+    """How far adapters are from those trained alone.
+
+    Raises:
+        SystemExit: Too far, or these learned nothing.
+    """
+    expected = [alone(adapter, key) for adapter, key in zip(adapters, keys, strict=True)]
+    apart, learned = difference(found, expected), difference(adapters, expected)
+    if not apart < TOLERANCE < learned:
+        raise SystemExit(
+            f"expected every adapter to learn what it learns alone, within {TOLERANCE}; they "
+            f"differ by {apart:.1e}, and learning made a difference of {learned:.1e}"
+        )
+    return apart
+
+
+def _loaded(
+    program: Program, load: Any, adapters: list[jl.Adapter], keys: Any
+) -> Callable[[], Ready]:
+    """What loads a program, which is not timed, and returns what runs it."""
+
+    def load_all() -> Ready:
+        slots = load(adapters, keys)
+        jax.block_until_ready(slots.trained)
+        return lambda: program.epoch(slots, 0)[1]
+
+    return load_all
+
+
+def _timed(run: Ready) -> float:
     start = time.perf_counter()
-    program.epoch(slots, 0)  # waits for the losses
+    jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
@@ -220,11 +258,12 @@ def scale(bench: Bench, counts: Sequence[int], turns: int) -> dict[int, list[flo
             program, load = bench.sweep(trials)
             key, adapters = order_keys("same", trials), bench.adapters(trials)
             program.epoch(load(adapters, key), 0)  # compiles
-            seconds[trials] = [_timed(program, load(adapters, key)) for _ in range(turns)]
+            ready = _loaded(program, load, adapters, key)
+            seconds[trials] = [_timed(ready()) for _ in range(turns)]
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             print(f"{trials} adapters: {str(error).splitlines()[0]}")
             break
-        del program, load, adapters
+        del program, load, adapters, ready
         gc.collect()
     return seconds
 

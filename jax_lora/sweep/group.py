@@ -31,6 +31,7 @@ class Run:
         config: The configuration of its adapter.
         adapter: The adapter; in a group it is filled up to the group's ranks.
         order_key: The key of its own shuffles.
+        noise_key: The key of what is random in its loss.
         opt_state: The state of its optimizer, once it was on a device.
         loss: See `Outcome`.
         metrics: See `Outcome`.
@@ -41,6 +42,7 @@ class Run:
     config: LoraConfig
     adapter: Adapter
     order_key: jax.Array
+    noise_key: jax.Array
     opt_state: Any = None
     loss: list[float] = dataclasses.field(default_factory=list)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -105,6 +107,7 @@ class Group:
         self.program = Program(task, settings, shared, slots, devices)
         self.slot_epochs = 0
         self._runs, self._order_key, self._log = runs, order_key, log
+        self._noisy = task.noisy
 
     def train(self, first: int, last: int) -> None:
         """Train those that have not stopped, from one epoch to another."""
@@ -137,9 +140,13 @@ class Group:
         keys = self._order_key
         if keys is None:
             keys = jnp.stack([run.order_key for run in filled])
-        states = None if runs[0].opt_state is None else stack([run.opt_state for run in filled])
-        adapters = stack([run.adapter for run in filled])
-        return self.program.load([run.trial for run in filled], adapters, states, keys)
+        return self.program.load(
+            [run.trial for run in filled],
+            stack([run.adapter for run in filled]),
+            None if runs[0].opt_state is None else stack([run.opt_state for run in filled]),
+            keys,
+            jnp.stack([run.noise_key for run in filled]) if self._noisy else None,
+        )
 
     def _measure(self, runs: Sequence[Run], slots: Slots) -> None:
         found = self.program.measure(slots)

@@ -67,6 +67,7 @@ class Task:
         loss_fun: The loss of each example.
         params: The frozen parameters.
         train: A pytree of arrays ``[examples, ...]``.
+        noisy: Whether the loss takes a key.
         optimizer: From a trial's hyperparameters to its optimizer.
         metric_fun: Metrics of each example, or None.
         test: What they are measured on, a pytree like ``train``.
@@ -76,6 +77,7 @@ class Task:
     loss_fun: LossFun
     params: Any
     train: Any
+    noisy: bool
     optimizer: MakeOptimizer
     metric_fun: MetricFun | None = None
     test: Any = None
@@ -97,12 +99,14 @@ class Slots:
         trained: The adapters.
         opt_state: The states of their optimizers.
         order_keys: The keys of their shuffles, ``[slots]``, or one for all of them.
+        noise_keys: The keys of what is random in their losses, ``[slots]``, or None.
     """
 
     traced: dict[str, jax.Array]
     trained: Adapter
     opt_state: Any
     order_keys: jax.Array
+    noise_keys: jax.Array | None
 
 
 class Program:
@@ -136,7 +140,12 @@ class Program:
             self._test_batches = jax.device_put(batches, self._shared_by_all)
 
     def load(
-        self, trials: Sequence[Trial], adapters: Adapter, opt_state: Any, order_keys: jax.Array
+        self,
+        trials: Sequence[Trial],
+        adapters: Adapter,
+        opt_state: Any,
+        order_keys: jax.Array,
+        noise_keys: jax.Array | None = None,
     ) -> Slots:
         """Put the state of some trials onto the devices, one in each slot.
 
@@ -145,14 +154,15 @@ class Program:
             adapters: Their adapters, stacked.
             opt_state: The states of their optimizers, stacked; None before the first step.
             order_keys: The keys of their shuffles, or one for all of them.
+            noise_keys: The keys of what is random in their losses, if anything is.
         """
         traced = {
             name: np.asarray([trial[name] for trial in trials], _dtype(trials, name))
             for name, value in trials[0].hyperparameters.items()
             if is_number(value)
         }
-        state = jax.device_put((traced, adapters, opt_state), self._stacked)
-        traced, adapters, opt_state = state
+        state = jax.device_put((traced, adapters, opt_state, noise_keys), self._stacked)
+        traced, adapters, opt_state, noise_keys = state
 
         def init(traced: dict[str, jax.Array], adapter: Adapter) -> Any:
             # Copies: a buffer that adapter and state share could not be given up.
@@ -160,7 +170,7 @@ class Program:
 
         if opt_state is None:
             opt_state = self._call("start", jax.vmap(init), self._stacked, traced, adapters)
-        return Slots(traced, adapters, opt_state, order_keys)
+        return Slots(traced, adapters, opt_state, order_keys, noise_keys)
 
     def epoch(self, slots: Slots, number: int) -> tuple[Slots, np.ndarray]:
         """Train all trials for one epoch.
@@ -180,13 +190,15 @@ class Program:
             "epoch",
             self._epoch,
             (self._stacked, self._stacked, self._stacked_in_steps),
-            slots.traced,
             slots.trained,
             slots.opt_state,
+            slots.traced,
+            slots.noise_keys,
+            jnp.int32(number * len(batches[0])),
             self._task.params,
             self._task.train,
             batches,
-            donate=(1, 2),
+            donate=(0, 1),
         )
         slots = dataclasses.replace(slots, trained=trained, opt_state=opt_state)
         return slots, np.asarray(losses)
@@ -216,45 +228,43 @@ class Program:
 
     def _epoch(
         self,
-        traced: dict[str, jax.Array],
         trained: Adapter,
         opt_state: Any,
+        traced: dict[str, jax.Array],
+        noise_keys: jax.Array | None,
+        first: jax.Array,
         params: Any,
         arrays: Any,
         batches: tuple[jax.Array, jax.Array],
     ) -> tuple[Adapter, Any, jax.Array]:
+        """An epoch of all trials: a loop over steps, each of which is one step of every trial."""
+
         def one(
-            traced: dict[str, jax.Array], trained: Adapter, opt_state: Any, params: Any, batch: Any
+            trained: Adapter, opt_state: Any, traced: Any, key: Any, shared: Any, batch: Any
         ) -> tuple[Adapter, Any, jax.Array]:
             step = train_step(self._task.loss_fun, self._optimizer(traced))
-            state = TrainState(jnp.zeros((), jnp.int32), trained, params, opt_state)
+            number, params = shared
+            state = TrainState(number, trained, params, opt_state, key)
             state, metrics = step(state, Batch(*batch))
             return state.trained, state.opt_state, metrics["loss"]
 
         own = 0 if batches[0].ndim == 3 else None
         shape = batches[0].shape[1:]
-        first = example_batch(arrays, shape), jax.ShapeDtypeStruct(shape, batches[1].dtype)
-        all_trials = Reordered(
-            jax.vmap(one, in_axes=(0, 0, 0, None, own)),
-            *(traced, trained, opt_state, params, first),
-        )
-        orders = all_trials.orders
+        batch = example_batch(arrays, shape), jax.ShapeDtypeStruct(shape, batches[1].dtype)
+        stacked = jax.vmap(one, in_axes=(0, 0, 0, 0, None, own))
+        every = Reordered(stacked, trained, opt_state, traced, noise_keys, (first, params), batch)
+        orders = every.orders
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
             trained, opt_state = restored((state.trained, state.opt_state), orders)
-            trained, opt_state, losses = all_trials(
-                traced, trained, opt_state, state.frozen, tuple(batch)
-            )
-            trained, opt_state = arranged((trained, opt_state), orders)
-            state = dataclasses.replace(state, trained=trained, opt_state=opt_state)
-            return state, {"loss": losses}
+            shared = state.step, state.frozen
+            outs = every(trained, opt_state, traced, noise_keys, shared, tuple(batch))
+            trained, opt_state = arranged(outs[:2], orders)
+            state = TrainState(state.step + 1, trained, state.frozen, opt_state)
+            return state, {"loss": outs[2]}
 
-        state = TrainState(
-            jnp.zeros((), jnp.int32),
-            arranged(trained, orders),
-            params,
-            arranged(opt_state, orders),
-        )
+        kept = arranged((trained, opt_state), orders)
+        state = TrainState(first, kept[0], params, kept[1])
         state, metrics = epoch_over_arrays(step, state, arrays, batches)
         return *restored((state.trained, state.opt_state), orders), metrics["loss"]
 

@@ -6,11 +6,13 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 from jax_lora.adapter import Adapter
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, near_misses
+from jax_lora.io import save_adapter
 from jax_lora.sweep.trials import Trial, varied
 from jax_lora.tables import count, format_table
 
@@ -55,6 +57,21 @@ class Outcome:
             return self.loss[-1]
         known = (*self.metrics, TRAINING_LOSS)
         raise ConfigError(f"no metric {metric!r} was measured ({near_misses(metric, known)})")
+
+    def save(self, folder: str | Path, base: Any = None) -> None:
+        """Write the adapter for `jax_lora.io.load_adapter`, with its trial and what it came to.
+
+        Args:
+            folder: The checkpoint: a folder that does not exist yet, or is empty.
+            base: The parameters that it was trained on, to recognise them.
+
+        Raises:
+            CheckpointError: As `jax_lora.io.save_adapter`.
+            AdapterError: As there.
+        """
+        finals = {name: self.final(name) for name in (*self.metrics, TRAINING_LOSS)}
+        metadata = {"trial": plain(self.trial), "epochs": self.epochs, **finals}
+        save_adapter(folder, self.adapter, self.config, metadata, base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +182,7 @@ class Results(Sequence[Outcome]):
         """Everything but the adapters, as JSON-able data."""
         trials = [
             {
-                "trial": {n: list(v) if isinstance(v, tuple) else v for n, v in o.trial.items()},
+                "trial": plain(o.trial),
                 "trainable_params": o.adapter.trainable_params,
                 "loss": list(o.loss),
                 "metrics": {name: list(values) for name, values in o.metrics.items()},
@@ -203,6 +220,11 @@ class Results(Sequence[Outcome]):
         ]
         header = (*others, "seeds", *(f"{metric}, mean ± sd" for metric in metrics))
         return format_table(header, rows, range(len(header)))
+
+
+def plain(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON-able data."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in trial.items()}
 
 
 def _word(value: Any) -> str:

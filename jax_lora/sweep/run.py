@@ -38,6 +38,7 @@ def run(
     plan: Callable[[LoraConfig], Plan],
     optimizer: MakeOptimizer,
     settings: Settings,
+    noisy: bool = False,
     metric_fun: MetricFun | None = None,
     test: Any = None,
     config: LoraConfig | None = None,
@@ -71,12 +72,15 @@ def run(
         optimizer: From a trial's hyperparameters to an optax transformation of what is trained,
             such as ``lambda trial: optax.sgd(trial.learning_rate)``. Numbers are traced scalars.
         settings: How long, how many at a time, and what decides.
+        noisy: Whether the loss is random, such as with dropout, and takes a key as its last
+            argument, another one in every step of every trial.
         metric_fun: ``(adapter, params, batch) -> {name: [batch_size]}``: metrics of each example.
         test: What they are measured on, like ``train``.
         config: What the trials have in common; the default otherwise.
-        init: How an adapter starts, from the first half of its trial's key.
-        key: The key of a trial; by default that of its seed. Its second half is that of its
-            shuffles where each trial has its own order.
+        init: How an adapter starts, as `jax_lora.init`.
+        key: The key of a trial; by default that of its seed. The parts of
+            ``jax.random.split(key, 3)`` are those of ``init``, of its shuffles where each trial has
+            its own order, and of what is random in its loss: step ``n`` has ``fold_in(part, n)``.
         order_key: The key of the shuffles that trials share; ``jax.random.key(0)`` by default.
             Epoch ``k`` is shuffled by ``fold_in(order_key, k)``.
         devices: The devices that share the trials; all local ones by default.
@@ -114,7 +118,7 @@ def run(
     trials = check_trials(trials)
     expect_type("settings", settings, Settings)
     devices = tuple(jax.local_devices() if devices is None else devices)
-    task = Task(loss_fun, params, train, optimizer, metric_fun, test, compiler_options)
+    task = Task(loss_fun, params, train, noisy, optimizer, metric_fun, test, compiler_options)
     task = task.placed(devices)
     runs = _runs(trials, LoraConfig() if config is None else config, params, plan, init, key)
     metric, mode = _decider(task, settings, runs[0].adapter)
@@ -159,8 +163,9 @@ def _runs(
         config = trial.config(base)
         if config not in plans:
             plans[config] = plan(config)
-        init_key, order_key = jax.random.split(key(trial))
-        runs.append(Run(trial, config, init(init_key, params, plans[config]), order_key))
+        init_key, order_key, noise_key = jax.random.split(key(trial), 3)
+        adapter = init(init_key, params, plans[config])
+        runs.append(Run(trial, config, adapter, order_key, noise_key))
     return runs
 
 

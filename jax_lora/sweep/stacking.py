@@ -68,7 +68,7 @@ def trim(adapter: Adapter, shapes: Adapter) -> Adapter:
 
 
 def _nonzeros(tree: Any) -> list[int]:
-    return [np.count_nonzero(leaf) for leaf in jax.tree.leaves(tree)]
+    return [int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
 def stack(trees: Sequence[Any]) -> Any:
