@@ -18,6 +18,8 @@ from jax_lora.sweep.settings import Settings
 from jax_lora.sweep.stacking import pad, stack, structure_of, trim, unstack, widest
 from jax_lora.sweep.trials import CONFIGURED, Trial, is_number
 
+#: No epoch has this number, so that no shuffle has the key of what is random in the loss.
+NOISE = 2**32 - 1
 #: What takes a line about each epoch.
 Log = Callable[[str], object]
 
@@ -31,7 +33,6 @@ class Run:
         config: The configuration of its adapter.
         adapter: The adapter; in a group it is filled up to the group's ranks.
         order_key: The key of its own shuffles.
-        noise_key: The key of what is random in its loss.
         opt_state: The state of its optimizer, once it was on a device.
         loss: See `Outcome`.
         metrics: See `Outcome`.
@@ -42,7 +43,6 @@ class Run:
     config: LoraConfig
     adapter: Adapter
     order_key: jax.Array
-    noise_key: jax.Array
     opt_state: Any = None
     loss: list[float] = dataclasses.field(default_factory=list)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -55,6 +55,11 @@ class Run:
     def size(self) -> int:
         """The elements of its adapter, at its own rank."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._shapes))
+
+    @property
+    def noise_key(self) -> jax.Array:
+        """The key of what is random in its loss."""
+        return jax.random.fold_in(self.order_key, NOISE)
 
     def record(self, metrics: dict[str, float]) -> None:
         """Add what was measured."""

@@ -78,9 +78,9 @@ def run(
         test: What they are measured on, like ``train``.
         config: What the trials have in common; the default otherwise.
         init: How an adapter starts, as `jax_lora.init`.
-        key: The key of a trial; by default that of its seed. The parts of
-            ``jax.random.split(key, 3)`` are those of ``init``, of its shuffles where each trial has
-            its own order, and of what is random in its loss: step ``n`` has ``fold_in(part, n)``.
+        key: The key of a trial; by default that of its seed. Its halves, from `jax.random.split`,
+            are those of ``init`` and of the shuffles where each trial has its own order. Step ``n``
+            of a noisy loss has ``fold_in(fold_in(second_half, 2**32 - 1), n)``.
         order_key: The key of the shuffles that trials share; ``jax.random.key(0)`` by default.
             Epoch ``k`` is shuffled by ``fold_in(order_key, k)``.
         devices: The devices that share the trials; all local ones by default.
@@ -163,9 +163,9 @@ def _runs(
         config = trial.config(base)
         if config not in plans:
             plans[config] = plan(config)
-        init_key, order_key, noise_key = jax.random.split(key(trial), 3)
+        init_key, order_key = jax.random.split(key(trial))
         adapter = init(init_key, params, plans[config])
-        runs.append(Run(trial, config, adapter, order_key, noise_key))
+        runs.append(Run(trial, config, adapter, order_key))
     return runs
 
 

@@ -67,7 +67,7 @@ class Problem:
 
     def start(self, trial: jl.sweep.Trial) -> tuple[jl.Adapter, jax.Array]:
         """The adapter of a trial before the first step, and the key of its shuffles."""
-        init_key, order_key, _ = jax.random.split(jax.random.key(trial.seed), 3)
+        init_key, order_key = jax.random.split(jax.random.key(trial.seed))
         return jl.init(init_key, self.params, self.plan(trial.config(self.config))), order_key
 
     def alone(
