@@ -152,7 +152,11 @@ def draw_matrices(
     low, high = span or (min(values), max(values))
     subplots = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, matrix in zip(subplots, matrices, strict=True):
-        image = axes.imshow(matrix.values, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        height, width = len(matrix.values), len(matrix.values[0])
+        # Rows and columns without names are counted from 1.
+        counted = None if matrix.rows else (0.5, width + 0.5, height + 0.5, 0.5)
+        look = {"cmap": "viridis", "aspect": "auto", "interpolation": "nearest"}
+        image = axes.imshow(matrix.values, vmin=low, vmax=high, extent=counted, **look)
         axes.set_title(matrix.title, color=INK, fontsize=10)
         axes.set_xlabel(matrix.x_label, color=INK, fontsize=10)
         axes.set_ylabel(matrix.y_label, color=INK, fontsize=10)
@@ -227,6 +231,8 @@ def _draw_panel(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
     if panel.ticks:
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         axes.minorticks_off()
+    elif all(float(x).is_integer() for line in panel.lines for x in line.x) and not panel.log_x:
+        axes.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True))
     axes.set_title(panel.title, color=INK, fontsize=10)
     axes.set_xlabel(panel.x_label, color=INK, fontsize=10)
     axes.set_ylabel(panel.y_label, color=INK, fontsize=10)
