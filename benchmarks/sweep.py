@@ -39,10 +39,10 @@ import numpy as np
 import optax
 
 import jax_lora as jl
-from jax_lora.experiments.phases import predict_lora
 from jax_lora.experiments.environment import hardware, versions
 from jax_lora.experiments.fit import losses_of
 from jax_lora.experiments.options import LoraOptions, TrainOptions
+from jax_lora.experiments.phases import predict_lora
 from jax_lora.models import MLP
 from jax_lora.sweep.program import Program, Slots, Task
 from jax_lora.sweep.stacking import stack, unstack
@@ -161,9 +161,14 @@ class Bench:
         settings = jl.sweep.Settings(epochs=1, batch_size=self.train.batch_size)
         devices = jax.local_devices()
         task = Task(self.loss_fun, self.params, self.arrays, False, self.optimizer).placed(devices)
-        program = Program(task, settings, {}, count, devices)
         data = self.trials(count)
-        return program, lambda adapters, keys: program.load(data, stack(adapters), None, keys)
+        program = Program(task, settings, data, count, devices)
+
+        def load(adapters: list[jl.Adapter], keys: Any) -> Slots:
+            states = [program.start(t, a) for t, a in zip(data, adapters, strict=True)]
+            return program.load(data, stack(adapters), stack(states), keys)
+
+        return program, load
 
 
 def difference(found: Sequence[Any], alone: Sequence[Any]) -> float:

@@ -33,7 +33,7 @@ class Run:
         config: The configuration of its adapter.
         adapter: The adapter; in a group it is filled up to the group's ranks.
         order_key: The key of its own shuffles.
-        opt_state: The state of its optimizer, once it was on a device.
+        opt_state: The state of its optimizer.
         loss: See `Outcome`.
         metrics: See `Outcome`.
         stopped: See `Outcome`.
@@ -105,11 +105,11 @@ class Group:
     ):
         wanted = min(settings.slots or len(runs), len(runs))
         slots = -(-wanted // len(devices)) * len(devices)
-        shared = _shared_values([run.trial for run in runs])
-        shapes = widest([run.adapter for run in runs])
+        trials, shapes = [run.trial for run in runs], widest([run.adapter for run in runs])
+        self.program = Program(task, settings, trials, slots, devices)
         for run in runs:
             run.adapter = pad(run.adapter, shapes)
-        self.program = Program(task, settings, shared, slots, devices)
+            run.opt_state = self.program.start(run.trial, run.adapter)
         self.slot_epochs = 0
         self._runs, self._order_key, self._log = runs, order_key, log
         self._noisy = task.noisy
@@ -148,7 +148,7 @@ class Group:
         return self.program.load(
             [run.trial for run in filled],
             stack([run.adapter for run in filled]),
-            None if runs[0].opt_state is None else stack([run.opt_state for run in filled]),
+            stack([run.opt_state for run in filled]),
             keys,
             jnp.stack([run.noise_key for run in filled]) if self._noisy else None,
         )
@@ -183,15 +183,6 @@ def grouped(runs: Sequence[Run], pad: float) -> list[list[Run]]:
                 smallest = run.size
             groups[-1].append(run)
     return groups
-
-
-def _shared_values(trials: Sequence[Trial]) -> dict[str, Any]:
-    """The hyperparameters that are no numbers and the same in all trials."""
-    return {
-        name: value
-        for name, value in trials[0].hyperparameters.items()
-        if not is_number(value) and all(trial[name] == value for trial in trials)
-    }
 
 
 def _line(runs: Sequence[Run], epoch: int) -> str:

@@ -39,7 +39,7 @@ MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 
 class Hyperparameters:
-    """A trial as an optimizer sees it: its numbers are traced scalars, float32 or int32.
+    """A trial as an optimizer sees it: its numbers are scalar arrays, traced where it is compiled.
 
     So one compiled program serves all of them: pass them on to optax, and do not branch on them.
     Strings, booleans and None are Python's, and trials that differ in them have programs of their
@@ -47,8 +47,8 @@ class Hyperparameters:
     agree.
     """
 
-    def __init__(self, traced: Mapping[str, jax.Array], shared: Mapping[str, Any]):
-        self._values = {**shared, **traced}
+    def __init__(self, numbers: Mapping[str, Any], shared: Mapping[str, Any]):
+        self._values = {**shared, **numbers}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -95,14 +95,14 @@ class Slots:
     """The state of the trials that are trained at the same time, stacked.
 
     Attributes:
-        traced: The hyperparameters that are numbers, ``[slots]`` each.
+        numbers: The hyperparameters that are numbers, ``[slots]`` each.
         trained: The adapters.
         opt_state: The states of their optimizers.
         order_keys: The keys of their shuffles, ``[slots]``, or one for all of them.
         noise_keys: The keys of what is random in their losses, ``[slots]``, or None.
     """
 
-    traced: dict[str, jax.Array]
+    numbers: dict[str, jax.Array]
     trained: Adapter
     opt_state: Any
     order_keys: jax.Array
@@ -115,8 +115,8 @@ class Program:
     Args:
         task: What they share, placed on the devices.
         settings: How they are trained.
-        shared: The hyperparameters that are no numbers.
-        slots: The number of trials; a multiple of the number of devices.
+        trials: All that it is for.
+        slots: The number of trials at once; a multiple of the number of devices.
         devices: The devices, which share the trials.
     """
 
@@ -124,12 +124,14 @@ class Program:
         self,
         task: Task,
         settings: Settings,
-        shared: Mapping[str, Any],
+        trials: Sequence[Trial],
         slots: int,
         devices: Sequence[jax.Device],
     ):
         self.slots, self.compile_seconds, self.compilations = slots, 0.0, 0
-        self._task, self._settings, self._shared = task, settings, shared
+        self._task, self._settings = task, settings
+        self._shared = _shared_values(trials)
+        self._dtypes = _dtypes(trials)
         self._shared_by_all = _sharding(devices)
         self._stacked = _sharding(devices, TRIALS_AXIS)
         self._stacked_in_steps = _sharding(devices, None, TRIALS_AXIS)
@@ -138,6 +140,11 @@ class Program:
         if task.metric_fun is not None:
             batches = in_order(examples_in(task.test), settings.evaluation_batch)
             self._test_batches = jax.device_put(batches, self._shared_by_all)
+
+    def start(self, trial: Trial, adapter: Adapter) -> Any:
+        """The state of a trial's optimizer before the first step."""
+        numbers = {name: jnp.asarray(trial[name], dtype) for name, dtype in self._dtypes.items()}
+        return self._optimizer(numbers).init(adapter)
 
     def load(
         self,
@@ -152,25 +159,17 @@ class Program:
         Args:
             trials: The trials.
             adapters: Their adapters, stacked.
-            opt_state: The states of their optimizers, stacked; None before the first step.
+            opt_state: The states of their optimizers, stacked.
             order_keys: The keys of their shuffles, or one for all of them.
             noise_keys: The keys of what is random in their losses, if anything is.
         """
-        traced = {
-            name: np.asarray([trial[name] for trial in trials], _dtype(trials, name))
-            for name, value in trials[0].hyperparameters.items()
-            if is_number(value)
+        numbers = {
+            name: np.asarray([trial[name] for trial in trials], dtype)
+            for name, dtype in self._dtypes.items()
         }
-        state = jax.device_put((traced, adapters, opt_state, noise_keys), self._stacked)
-        traced, adapters, opt_state, noise_keys = state
-
-        def init(traced: dict[str, jax.Array], adapter: Adapter) -> Any:
-            # Copies: a buffer that adapter and state share could not be given up.
-            return jax.tree.map(jnp.array, self._optimizer(traced).init(adapter))
-
-        if opt_state is None:
-            opt_state = self._call("start", jax.vmap(init), self._stacked, traced, adapters)
-        return Slots(traced, adapters, opt_state, order_keys, noise_keys)
+        state = jax.device_put((numbers, adapters, opt_state, noise_keys), self._stacked)
+        numbers, adapters, opt_state, noise_keys = state
+        return Slots(numbers, adapters, opt_state, order_keys, noise_keys)
 
     def epoch(self, slots: Slots, number: int) -> tuple[Slots, np.ndarray]:
         """Train all trials for one epoch.
@@ -192,7 +191,7 @@ class Program:
             (self._stacked, self._stacked, self._stacked_in_steps),
             slots.trained,
             slots.opt_state,
-            slots.traced,
+            slots.numbers,
             slots.noise_keys,
             jnp.int32(number * len(batches[0])),
             self._task.params,
@@ -223,14 +222,14 @@ class Program:
         """The compiled program, for counting what is in it."""
         return str(self._compiled[name].as_text())
 
-    def _optimizer(self, traced: dict[str, jax.Array]) -> optax.GradientTransformation:
-        return lora_optimizer(self._task.optimizer(Hyperparameters(traced, self._shared)))
+    def _optimizer(self, numbers: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+        return lora_optimizer(self._task.optimizer(Hyperparameters(numbers, self._shared)))
 
     def _epoch(
         self,
         trained: Adapter,
         opt_state: Any,
-        traced: dict[str, jax.Array],
+        numbers: dict[str, jax.Array],
         noise_keys: jax.Array | None,
         first: jax.Array,
         params: Any,
@@ -240,9 +239,9 @@ class Program:
         """An epoch of all trials: a loop over steps, each of which is one step of every trial."""
 
         def one(
-            trained: Adapter, opt_state: Any, traced: Any, key: Any, shared: Any, batch: Any
+            trained: Adapter, opt_state: Any, numbers: Any, key: Any, shared: Any, batch: Any
         ) -> tuple[Adapter, Any, jax.Array]:
-            step = train_step(self._task.loss_fun, self._optimizer(traced))
+            step = train_step(self._task.loss_fun, self._optimizer(numbers))
             number, params = shared
             state = TrainState(number, trained, params, opt_state, key)
             state, metrics = step(state, Batch(*batch))
@@ -252,13 +251,13 @@ class Program:
         shape = batches[0].shape[1:]
         batch = example_batch(arrays, shape), jax.ShapeDtypeStruct(shape, batches[1].dtype)
         stacked = jax.vmap(one, in_axes=(0, 0, 0, 0, None, own))
-        every = Reordered(stacked, trained, opt_state, traced, noise_keys, (first, params), batch)
+        every = Reordered(stacked, trained, opt_state, numbers, noise_keys, (first, params), batch)
         orders = every.orders
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
             trained, opt_state = restored((state.trained, state.opt_state), orders)
             shared = state.step, state.frozen
-            outs = every(trained, opt_state, traced, noise_keys, shared, tuple(batch))
+            outs = every(trained, opt_state, numbers, noise_keys, shared, tuple(batch))
             trained, opt_state = arranged(outs[:2], orders)
             state = TrainState(state.step + 1, trained, state.frozen, opt_state)
             return state, {"loss": outs[2]}
@@ -293,9 +292,22 @@ def _sharding(devices: Sequence[jax.Device], *spec: str | None) -> NamedSharding
     return NamedSharding(Mesh(np.array(devices), (TRIALS_AXIS,)), P(*spec))
 
 
-def _dtype(trials: Sequence[Trial], name: str) -> Any:
-    whole = all(isinstance(trial[name], int) for trial in trials)
-    return np.int32 if whole else np.float32
+def _shared_values(trials: Sequence[Trial]) -> dict[str, Any]:
+    """The hyperparameters that are no numbers and the same in all trials."""
+    return {
+        name: value
+        for name, value in trials[0].hyperparameters.items()
+        if not is_number(value) and all(trial[name] == value for trial in trials)
+    }
+
+
+def _dtypes(trials: Sequence[Trial]) -> dict[str, str]:
+    """The dtypes of the hyperparameters that are numbers."""
+    return {
+        name: "int32" if all(isinstance(trial[name], int) for trial in trials) else "float32"
+        for name, value in trials[0].hyperparameters.items()
+        if is_number(value)
+    }
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 import jax_lora as jl
 from jax_lora.training import Batch, TrainState, epoch_order, train_step
 
-EXAMPLES, BATCH, SIZES = 37, 8, (6, 5, 3)
+# No two products of these and of the numbers of trials are equal: see test_program.py.
+EXAMPLES, BATCH, SIZES = 37, 8, (11, 13, 4)
 # Compiling takes longer than running here.
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -24,7 +27,7 @@ def network(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["w1"]) @ params["w2"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """Parameters, data, and what `jl.sweep.run` takes besides trials and settings."""
 
@@ -57,6 +60,9 @@ class Problem:
         logits = jl.apply(network)(params, adapter, batch["x"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
+    def noisy_loss(self, adapter: Any, params: Any, batch: Any, key: Any) -> jax.Array:
+        return self.loss(jl.dropout(adapter, key, 0.3), params, batch)
+
     def metrics(self, adapter: Any, params: Any, batch: Any) -> dict[str, jax.Array]:
         logits = jl.apply(network)(params, adapter, batch["x"])
         return {"accuracy": logits.argmax(-1) == batch["y"], "margin": logits.max(-1)}
@@ -65,6 +71,7 @@ class Problem:
         decay = optax.add_decayed_weights(trial.weight_decay)
         return optax.chain(decay, optax.sgd(trial.learning_rate, momentum=0.9))
 
+    @functools.cache  # noqa: B019 - there is one problem
     def start(self, trial: jl.sweep.Trial) -> tuple[jl.Adapter, jax.Array]:
         """The adapter of a trial before the first step, and the key of its shuffles."""
         init_key, order_key = jax.random.split(jax.random.key(trial.seed))
@@ -76,28 +83,46 @@ class Problem:
         epochs: int,
         order_key: jax.Array | None = None,
         optimizer: Any = None,
+        noisy: bool = False,
     ) -> tuple[jl.Adapter, list[float]]:
         """The adapter and the mean loss of each epoch: a loop in Python over single steps.
 
         Args:
-            trial: The trial; its hyperparameters are Python numbers here.
+            trial: The trial.
             epochs: How many.
             order_key: The key of the shuffles; the trial's own by default.
             optimizer: As of the sweep.
+            noisy: Whether the loss is the one with dropout.
         """
         adapter, own = self.start(trial)
-        tx = jl.optim.lora_optimizer((optimizer or self.optimizer)(trial))
-        step = jax.jit(train_step(self.loss, tx), compiler_options=QUICK)
-        state, losses = TrainState.create(adapter, tx, self.params), []
+        make, numbers, words = optimizer or self.optimizer, {}, {}
+        for name, value in trial.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            (numbers if number else words)[name] = jnp.float32(value) if number else value
+        tx = jl.optim.lora_optimizer(make(types.SimpleNamespace(**words, **numbers)))
+        noise = jax.random.fold_in(own, 2**32 - 1) if noisy else None
+        state, losses = TrainState.create(adapter, tx, self.params, noise), []
+        step = _step(self, make, tuple(words.items()), noisy)
         for epoch in range(epochs):
             key = jax.random.fold_in(own if order_key is None else order_key, epoch)
             found = []
             for rows, weights in zip(*epoch_order(key, EXAMPLES, BATCH), strict=True):
-                batch = jax.tree.map(lambda array, rows=rows: jnp.asarray(array)[rows], self.train)
-                state, metrics = step(state, Batch(batch, weights))
+                batch = jax.tree.map(lambda array, rows=rows: array[np.asarray(rows)], self.train)
+                state, metrics = step(state, Batch(batch, weights), numbers)
                 found.append(float(metrics["loss"]))
             losses.append(float(np.mean(found)))
         return state.trained, losses
+
+
+@functools.cache
+def _step(problem: Any, make: Any, words: Any, noisy: bool) -> Any:
+    """A single step, compiled once for all trials whose adapters have the same shapes."""
+
+    def step(state: TrainState, batch: Batch, numbers: Any) -> Any:
+        tx = jl.optim.lora_optimizer(make(types.SimpleNamespace(**dict(words), **numbers)))
+        return train_step(problem.noisy_loss if noisy else problem.loss, tx)(state, batch)
+
+    return jax.jit(step, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="session")

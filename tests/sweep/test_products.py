@@ -1,4 +1,4 @@
-"""Products of a shared array and a stack: the same numbers, and nothing of a stack's size copied."""
+"""Products of a shared array and a stack: the same numbers, and no stack is copied."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_a_trial_is_a_value() -> None:
         assert same == trial
     with pytest.raises(AttributeError, match="make another"):
         trial.rank = 5
-    with pytest.raises(AttributeError, match="no 'learning_rat' .*nearest: 'learning_rate'"):
+    with pytest.raises(AttributeError, match=r"no 'learning_rat' .*nearest: 'learning_rate'"):
         trial.learning_rat  # noqa: B018
     assert repr(trial) == "Trial(seed=3, rank=4, learning_rate=0.1)"
 
@@ -75,7 +75,10 @@ def test_a_grid_has_every_combination() -> None:
 @pytest.mark.parametrize(
     ("axes", "words"),
     [
-        ({"init": "article"}, r"init: expected its values, got 'article'; write init=\('article',\)"),
+        (
+            {"init": "article"},
+            r"init: expected its values, got 'article'; write init=\('article',\)",
+        ),
         ({"rank": 4}, r"write rank=\(4,\)"),
         ({"rank": ()}, "rank: expected at least one value, got none"),
         ({"rank": (1, 1)}, r"rank: expected different values, got \[1, 1\]"),

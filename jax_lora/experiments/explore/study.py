@@ -185,6 +185,7 @@ class Study:
             key=key_of,
             order_key=jax.random.split(key_of(trials[0]))[1],
             compiler_options=self.compiler_options,
+            log=print,
             **changes,
         )
 
