@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_lora.adapter import Adapter, Entry, Layout, check_plain, leaves_by_path
 from jax_lora.errors import AdapterError, ConfigError, near_misses
+from jax_lora.linalg import singular_values
 from jax_lora.lowrank import (
     Approximation,
     check_rank,
@@ -203,7 +204,7 @@ def _rank_of_energy(matrices: jax.Array, energy: Any) -> int:
             "expected concrete parameters with energy, which reads the rank off their values, got "
             "traced ones; call extract outside of jax.jit, or pass rank"
         )
-    s = np.asarray(jnp.linalg.svd(matrices, compute_uv=False), np.float64)
+    s = np.asarray(singular_values(matrices), np.float64)
     kept = np.cumsum((s.reshape(-1, s.shape[-1]) ** 2).sum(0))
     return max(1, int(np.searchsorted(kept, energy * kept[-1])) + 1) if kept[-1] > 0 else 1
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax_lora.adapter import Adapter, Layout, leaves_by_path, param_key
 from jax_lora.errors import ConfigError, TargetError, expect_type
 from jax_lora.interpreter import Interpreter
+from jax_lora.linalg import eigh, qr, svd
 from jax_lora.lowrank import pad, product, working_dtype
 from jax_lora.plan import Plan, init
 from jax_lora.selection import Target
@@ -167,7 +168,7 @@ def principal_inputs(
     for path, x in y.items():
         # Rayleigh and Ritz: within the last subspace, the eigenvectors of X^T X.
         small = product(q[path].mT, x)
-        values, vectors = jnp.linalg.eigh((small + small.mT) / 2)
+        values, vectors = eigh((small + small.mT) / 2)
         directions = product(q[path], vectors[..., ::-1])[..., : counts[path]]
         values = jnp.maximum(values[..., ::-1], 0)[..., : counts[path]]
         found[path] = PrincipalInputs(directions, jnp.sqrt(values))
@@ -429,7 +430,7 @@ def principal_gradients(
     found = {}
     for path, x in y.items():
         n = counts[path]
-        u, s, vt = jnp.linalg.svd(x.mT / len(batches), full_matrices=False)
+        u, s, vt = svd(x.mT / len(batches))
         found[path] = PrincipalGradients(product(q[path], u)[..., :n], s[..., :n], vt[..., :n, :])
     return found
 
@@ -556,7 +557,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], like: jax.Array) -> jax.Arra
 
 
 def _orthonormal(columns: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(columns)[0]
+    return qr(columns)[0]
 
 
 _NO_INPUTS = (

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jax_lora.adapter import Layout
 from jax_lora.errors import ConfigError
+from jax_lora.linalg import qr, svd
 from jax_lora.lowrank import pad, working_dtype
 
 Initializer = Callable[[jax.Array, Layout, int], jax.Array]
@@ -57,7 +58,7 @@ def orthogonal(key: jax.Array, layout: Layout, rank: int) -> jax.Array:
     """
     draw = jax.nn.initializers.orthogonal()
     keys = jax.random.split(key, math.prod(layout.stack))
-    matrices = jax.vmap(lambda k: draw(k, (layout.fan_in, rank), jnp.float32))(keys)
+    matrices = jax.lax.map(lambda k: draw(k, (layout.fan_in, rank), jnp.float32), keys)
     return matrices.reshape(layout.a_shape(rank))
 
 
@@ -82,7 +83,7 @@ def pissa(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     """
     if scale == 0:
         raise ConfigError("expected a scale other than 0 for the init 'pissa', got alpha=0")
-    u, s, vt = jnp.linalg.svd(w.astype(working_dtype(w.dtype)), full_matrices=False)
+    u, s, vt = svd(w.astype(working_dtype(w.dtype)))
     root = jnp.sqrt(s[..., :rank] / abs(scale))
     b = math.copysign(1, scale) * root[..., :, None] * vt[..., :rank, :]
     return pad(u[..., :rank] * root[..., None, :], b, rank)
@@ -105,7 +106,7 @@ def olora(w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
         Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models,
         arXiv:2406.01775.
     """
-    q, r = jnp.linalg.qr(w.mT.astype(working_dtype(w.dtype)))
+    q, r = qr(w.mT.astype(working_dtype(w.dtype)))
     return pad(r[..., :rank, :].mT, q[..., :rank].mT, rank)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_lora.adapter import Adapter
 from jax_lora.errors import ConfigError
+from jax_lora.linalg import qr, svd
 from jax_lora.virtual import wider
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -110,9 +111,9 @@ def _relative_tail(s: jax.Array, rank: int) -> jax.Array:
 
 def _svd_of_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``U: [*stack, in, m]``, ``S: [*stack, m]``, ``V: [*stack, out, m]`` of ``a b``."""
-    q_a, r_a = jnp.linalg.qr(a)
-    q_b, r_b = jnp.linalg.qr(b.mT)
-    u, s, vt = jnp.linalg.svd(_matmul(r_a, r_b.mT), full_matrices=False)
+    q_a, r_a = qr(a)
+    q_b, r_b = qr(b.mT)
+    u, s, vt = svd(_matmul(r_a, r_b.mT))
     return _matmul(q_a, u), s, _matmul(q_b, vt.mT)
 
 

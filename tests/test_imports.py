@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors tables",
         "rules",
         "adapter config",
-        "virtual sharding",
+        "virtual sharding linalg",
         "interpreter lowrank",
         "initializers",
         "variants",

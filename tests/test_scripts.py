@@ -241,6 +241,9 @@ class TestWrongly:
         for out in ("mine", "file"):
             words = [out, "never overwritten"]
             self.refuse(run, words, name, *arguments, "--out", tmp_path / out)
+        if name != "reproduce_cifar10":
+            words = ["--out of an unfinished run to --resume", "another --out, and the run's"]
+            self.refuse(run, words, name, *arguments, "--out", tmp_path / "mine", "--resume")
         assert contents(tmp_path) == before
 
     def test_a_checkpoint_that_is_not_there(self, run: Run, saved: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from jax_lora.experiments.options import (
 )
 from jax_lora.experiments.phases import (
     check_dataset,
+    check_epochs,
     check_lora,
     finetune,
     load_base,
@@ -130,8 +131,13 @@ def named_folder(out: Path | None, name: str) -> Path:
     return (out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}").expanduser()
 
 
-def new_folder(out: Path | None, name: str) -> Path:
+def new_folder(out: Path | None, name: str, *, resume: bool = False) -> Path:
     """The folder of a run, which must hold nothing yet.
+
+    Args:
+        out: As asked for.
+        name: What begins its name otherwise.
+        resume: Whether a run shall go on whose result is written there at its end.
 
     Raises:
         ConfigError: It already holds something, or it is a file.
@@ -142,6 +148,12 @@ def new_folder(out: Path | None, name: str) -> Path:
             f"expected --out to be a new or an empty folder; {out} is a file, never overwritten"
         )
     if out.exists() and any(out.iterdir()):
+        if resume:
+            raise ConfigError(
+                f"expected --out of an unfinished run to --resume; {out} already holds something, "
+                "as that of a finished one does: for more --epochs give another --out, and the "
+                "run's --checkpoints"
+            )
         raise ConfigError(
             f"expected --out to be a new or an empty folder; {out} already holds something and is "
             "never overwritten: choose another one, or remove it"
@@ -164,7 +176,7 @@ def training_folder(options: CheckpointOptions, default: Path) -> Path | None:
 
 def run_pretrain(options: Pretrain) -> None:
     """Pre-train, save, print."""
-    out = new_folder(options.out, "base")
+    out = new_folder(options.out, "base", resume=options.resume)
     checkpoints = training_folder(options, beside(out))
     dataset = load_data(options)
     print(f"data: {dataset.source}")
@@ -176,7 +188,7 @@ def run_pretrain(options: Pretrain) -> None:
 
 def run_finetune(options: FinetuneLora) -> None:
     """Restore a base, fine-tune an adapter, save, print."""
-    out = new_folder(options.out, "adapter")
+    out = new_folder(options.out, "adapter", resume=options.resume)
     checkpoints = training_folder(options, beside(out))
     model, params, metadata = load_base(options.base)
     dataset = load_data(options)
@@ -255,6 +267,7 @@ def run_reproduce(options: Reproduce) -> dict[str, Any]:
     data_seconds = time.perf_counter() - start
     print(f"data: {dataset.source} ({data_seconds:.1f} s)")
     check_lora(options, dataset)
+    check_epochs(options, out / BASE)
     out.mkdir(parents=True, exist_ok=True)
 
     folders = [checkpoints and checkpoints / name for name in (BASE, ADAPTER)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import io
 import os
 import signal
@@ -40,9 +42,15 @@ def main(
     Raises:
         SystemExit: With code 2 after options that cannot be parsed, with code 0 after --help.
     """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
         # The scripts leave Ctrl-C to the system while they import; from here on it is an exception.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
@@ -55,6 +63,8 @@ def main(
         run(parsed)
     except KeyboardInterrupt:
         print("interrupted; checkpoints already saved are complete", file=sys.stderr)
+        if received:
+            atexit.register(_end, 130)
         return 130
     except (JaxLoraError, DatasetError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,3 +76,14 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return failure
     return 0
+
+
+def _end(code: int) -> None:
+    """End the process at once, after what threads were writing.
+
+    An interrupted compilation leaves behind what makes JAX 0.10 crash when the interpreter ends.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

@@ -157,6 +157,7 @@ def save_base(folder: Path, model: MLP, dataset: Dataset, phase: Phase) -> None:
         "image_shape": list(dataset.image_shape),
         "max_value": dataset.max_value,
         "dataset": dataset.name,
+        "epochs": len(phase.accuracy),
         "accuracy": phase.accuracy[-1],
     }
     jl.io.save_params(folder, phase.state.trained, metadata)
@@ -198,6 +199,22 @@ def check_dataset(metadata: Mapping[str, Any], dataset: Dataset, base: Path) -> 
             f"{base} was trained on {metadata['dataset']} images of shape "
             f"{tuple(metadata['image_shape'])}, got {dataset.name} images of shape "
             f"{dataset.image_shape}; pass --dataset {metadata['dataset']}"
+        )
+
+
+def check_epochs(options: Any, base: Path) -> None:
+    """Check that the base of a run that goes on, if it is saved, is trained as long as it shall be.
+
+    Raises:
+        ConfigError: It is not. To train it on would leave the adapter without its base.
+    """
+    if not base.exists():
+        return
+    done = load_base(base)[2].get("epochs", options.epochs)
+    if done != options.epochs:
+        raise ConfigError(
+            f"expected --epochs {done}, as {base} is saved after so many, got {options.epochs}; "
+            "begin another run with another --out"
         )
 
 

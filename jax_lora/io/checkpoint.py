@@ -27,8 +27,9 @@ def save_params(folder: str | Path, params: Any, metadata: Mapping[str, Any] | N
 
     Raises:
         CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
+        ConfigError: The metadata are not JSON-able.
     """
-    document = {"format": files.PARAMS, "metadata": dict(metadata or {})}
+    document = {"format": files.PARAMS, "metadata": files.plain("metadata", metadata or {})}
     files.write(folder, document, arrays=params)
 
 
@@ -71,12 +72,14 @@ def save_adapter(
     Raises:
         CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
         AdapterError: The adapter does not fit ``base``.
+        ConfigError: The metadata are not JSON-able.
     """
     arrays, document = adapter_parts(folder, adapter, config)
     if base is not None:
         check_fits(base, adapter)
         document["base"] = fingerprint(base)
-    files.write(folder, document | {"metadata": dict(metadata or {})}, arrays=arrays)
+    document["metadata"] = files.plain("metadata", metadata or {})
+    files.write(folder, document, arrays=arrays)
 
 
 def load_adapter(

@@ -10,6 +10,7 @@ damaged byte in a compressed chunk is otherwise read as another number without c
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - it is a dependency of
 import jax
 
 from jax_lora.adapter import leaves_by_path
-from jax_lora.errors import CheckpointError, JaxLoraError
+from jax_lora.errors import CheckpointError, ConfigError, JaxLoraError
 from jax_lora.io import guards
 
 ADAPTER, PARAMS = "jax_lora.adapter", "jax_lora.params"
@@ -45,6 +47,8 @@ ARRAYS, TRAINING, CONFIG = "arrays", "training", "config"
 VERSION, READABLE = 3, (1, 2, 3)
 #: How the names of folders end that orbax writes into before it renames them.
 UNFINISHED = ".orbax-checkpoint-tmp*"
+#: Orbax numbers its saves for the whole process: two at a time wait for each other's signals.
+_one_at_a_time = threading.Lock()
 
 
 def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None:
@@ -59,6 +63,7 @@ def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None
         CheckpointError: The folder holds something, or it cannot be written, or a leaf is no array.
     """
     path = Path(folder).expanduser().absolute()
+    check_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
             f"{folder}: expected a new or an empty folder, but it holds something; choose another"
@@ -69,37 +74,69 @@ def write(folder: str | Path, document: Mapping[str, Any], **items: Any) -> None
     structures = {name: guards.structure(tree) for name, tree in items.items()}
     checked = {"version": VERSION, "structures": structures} | described | dict(document)
     checked["crc32"] = checksum(checked)
+    if (size := len(json.dumps(checked))) > guards.MAX_TEXT:
+        raise CheckpointError(
+            f"{folder}: expected at most {guards.MAX_TEXT:,} letters of metadata and names, which "
+            f"is what is read again, got {size:,}; keep long ones in files of their own"
+        )
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args[CONFIG] = ocp.args.JsonSave(checked)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.rmdir()  # it is empty, and orbax wants to make it
-        handler = ocp.CompositeCheckpointHandler()
-        with _quiet, _interrupts_deferred(), ocp.Checkpointer(handler) as saver:
-            saver.save(path, ocp.args.Composite(**args))
-    except Exception as error:  # whatever a full or read-only disk makes the storage layer raise
-        for partial in path.parent.glob(path.name + UNFINISHED):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    with _interrupts_deferred(), _one_at_a_time:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(path)  # of a process that was killed
+            if path.exists():
+                path.rmdir()  # it is empty, and orbax wants to make it
+            handler = ocp.CompositeCheckpointHandler()
+            with _quiet, ocp.Checkpointer(handler) as saver:
+                saver.save(path, ocp.args.Composite(**args))
+        except Exception as error:  # whatever a full or read-only disk makes the storage raise
+            _remove_unfinished(path)
+            raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+
+
+def _remove_unfinished(path: Path) -> None:
+    for partial in path.parent.glob(glob.escape(path.name) + UNFINISHED):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path under which orbax would lose the arrays, as it takes it for a pattern.
+
+    Raises:
+        CheckpointError: There is a bracket or a backslash in it.
+    """
+    if odd := {*path.as_posix()} & {"[", "\\"}:
+        raise CheckpointError(
+            f"{path}: expected a path without {' and '.join(sorted(odd))}, with which orbax writes "
+            "what it cannot read; choose another"
+        )
 
 
 def check_storable(folder: str | Path, tree: Any) -> None:
     """Refuse a tree that orbax cannot store.
 
     Raises:
-        CheckpointError: Names every leaf that is no array with something in it.
+        CheckpointError: Names every leaf that is no array with something in it, or those of which
+            orbax would keep only one.
     """
-    odd = [path for path, leaf in leaves_by_path(tree).items() if not _is_storable(leaf)]
-    if odd or not jax.tree.leaves(tree):
+    leaves = leaves_by_path(tree)
+    odd = [path for path, leaf in leaves.items() if not _is_storable(leaf)]
+    if odd or not leaves:
         what = f"found other leaves at {', '.join(odd)}" if odd else "found none"
         raise CheckpointError(f"{folder}: expected a tree of arrays that are not empty, {what}")
+    stored = Counter(path.replace("/", ".") for path in leaves)
+    if same := [path for path in leaves if stored[path.replace("/", ".")] > 1]:
+        raise CheckpointError(
+            f"{folder}: expected names that differ also where a dot is a slash, as orbax has it, "
+            f"got {', '.join(same)}; rename one"
+        )
 
 
 def _is_storable(leaf: Any) -> bool:
     # A typed PRNG key has an extended dtype; numpy knows none of these.
     plain = hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    return plain and np.size(leaf) > 0
+    return plain and np.size(leaf) > 0 and np.dtype(leaf.dtype).isnative
 
 
 def read_document(folder: str | Path, *formats: str) -> dict[str, Any]:
@@ -173,6 +210,30 @@ def read_arrays(folder: str | Path, document: Mapping[str, Any], item: str = ARR
             "the checkpoint from a copy"
         )
     return arrays
+
+
+def plain(what: str, data: Any) -> Any:
+    """A copy of JSON-able data, as it comes back from a file.
+
+    Raises:
+        ConfigError: Names everything that JSON does not have.
+    """
+    if odd := list(_not_json(what, data)):
+        raise ConfigError(f"expected what JSON has, got {', '.join(odd)}; convert it")
+    return json.loads(json.dumps(data))
+
+
+def _not_json(where: str, data: Any) -> Iterator[str]:
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            if not isinstance(name, (str, int, float, bool, type(None))):
+                yield f"{where}: the name {name!r}"
+            yield from _not_json(f"{where}/{name}", value)
+    elif isinstance(data, (list, tuple)):
+        for k, value in enumerate(data):
+            yield from _not_json(f"{where}/{k}", value)
+    elif not isinstance(data, (str, int, float, bool, type(None))):
+        yield f"{where}: {type(data).__name__}"
 
 
 def checksum(document: Mapping[str, Any]) -> int:

@@ -108,7 +108,10 @@ def _take(folder: Path, file: IO[bytes]) -> None:
         file.seek(0)
         owner = file.read().decode(errors="replace")
         file.close()
+        other = f"process {owner} does; end it, close its checkpoints"
+        if owner == str(os.getpid()):
+            other = "this process does through others; close these"
         raise CheckpointError(
-            f"{folder}: expected to be the only one that writes there, but process {owner} does; "
-            "end it, close its checkpoints, or choose another folder"
+            f"{folder}: expected to be the only one that writes there, but {other}, or choose "
+            "another folder"
         ) from None

@@ -18,7 +18,7 @@ from jax_lora.errors import CheckpointError, JaxLoraError
 
 #: Files that orbax reads whole, and what they may have; a hundred thousand arrays take less.
 _TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "manifest.ocdbt")
-_MAX_TEXT = 16 * 2**20
+MAX_TEXT = 16 * 2**20
 #: What the best compression makes of zeros, and the size of arrays that is never too much.
 _MAX_RATIO, _ALWAYS_TAKEN = 2**15, 2**30
 
@@ -55,8 +55,8 @@ def check_files(folder: str | Path) -> None:
             name = file.relative_to(path)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
                 raise _not_ours(folder, f"expected {name} to be a file or a folder")
-            if text and status.st_size > _MAX_TEXT:
-                raise _not_ours(folder, f"expected at most {_MAX_TEXT:,} bytes in {name}")
+            if text and status.st_size > MAX_TEXT:
+                raise _not_ours(folder, f"expected at most {MAX_TEXT:,} bytes in {name}")
 
 
 def check_database(folder: str | Path, item: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
+import operator
 import sys
 import time
 import weakref
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import jax
+import numpy as np
 
 from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, ConfigError, near_misses
 from jax_lora.io import files, folders, resuming
 from jax_lora.io.resuming import Position, Restored
 from jax_lora.io.worker import Worker, snapshot
+from jax_lora.io.writer import Writer
 
 
 class Checkpoints:
@@ -87,20 +90,16 @@ class Checkpoints:
         _check_options(keep, mode, every_steps, every_minutes)
         self.folder = Path(folder).expanduser().absolute()
         self._run = resuming.Run(base, config, run or {})
-        self._keep, self._best, self._mode = keep, best, mode
+        self._writer = Writer(self.folder, self._run, keep, best, mode)
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._worker = Worker("jax_lora checkpoints")
         self._lock: IO[bytes] | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
-        #: The step that the training goes on from, then the last one that `save` was called with,
-        #: and the last one that is whole.
+        #: The step that the training goes on from, then the last one that `save` was called with.
         self._last: int | None = None
-        self._whole: int | None = None
         self._saved_at = time.monotonic()
         #: That of the training whose arrays have been checked.
         self._structure: Any = None
-        #: The metric of each step that is there, as far as its document can be read.
-        self._metrics: dict[int, float | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +120,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step whose metric is best; None if none has it."""
-        return folders.best_of(self._read_metrics(), self._mode)
+        return self._writer.best()
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -166,13 +165,14 @@ class Checkpoints:
                 f"{', '.join(map(str, there))}; restore one of them to go on, or choose another "
                 "folder"
             )
+        files.check_path(self.folder)
         try:
             self._lock = folders.lock(self.folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; {_last_good(self._whole)}") from error
+            raise CheckpointError(f"{error}; {_last_good(self._writer.whole)}") from error
         self._finalizer = weakref.finalize(self, _abandon, self._worker, self._lock)
         folders.clear_leftovers(self.folder)
-        self._metrics = self._read_metrics()
+        self._writer.look()
 
     def save(
         self,
@@ -208,19 +208,21 @@ class Checkpoints:
             AdapterError: The adapter does not fit the base.
             ConfigError: Metrics without the one that ``best`` names.
         """
+        step = _checked_step(self.folder, step)
         if self._last is not None and step <= self._last:
             raise CheckpointError(
                 f"{self.folder}: expected a step after {self._last}, the last one, got {step}"
             )
         numbers = self._check_metrics(metrics or {})
-        facts = resuming.plain(
-            {
-                "step": step,
-                "position": dataclasses.asdict(position) if position else None,
-                "metrics": numbers,
-                "metadata": dict(metadata or {}),
-            }
-        )
+        state = {
+            "step": step,
+            "position": dataclasses.asdict(position) if position else None,
+            "metrics": numbers,
+        }
+        facts = {
+            "state": files.plain("state", state),
+            "metadata": files.plain("metadata", metadata or {}),
+        }
         training = (trained, opt_state, dict(keys or {}))
         structure = jax.tree.structure(training)
         if self._structure is None or structure != self._structure:
@@ -229,27 +231,8 @@ class Checkpoints:
         self.claim()
         self.wait()
         now = snapshot(training)
-        self._worker.start(lambda: self._write(step, now, facts))
+        self._worker.start(functools.partial(self._writer.write, step, now, facts))
         self._last, self._saved_at = step, time.monotonic()
-
-    def _write(self, step: int, training: tuple[Any, Any, Any], facts: dict[str, Any]) -> None:
-        path = self.path(step)
-        try:
-            for later in self.steps:
-                if later > (self._whole or 0):
-                    folders.set_aside(self.folder, later)
-                    self._metrics.pop(later, None)
-            items, document = self._run.pack(path, *training)
-            document["metadata"] = facts.pop("metadata")
-            document["state"] |= facts
-            files.write(path, document, **jax.device_get(items))
-            self._whole = step
-            self._metrics[step] = facts["metrics"].get(self._best)
-            for old in {*self._metrics} - folders.kept(self._metrics, self._keep, self._mode):
-                folders.delete(self.folder, old)
-                del self._metrics[old]
-        except OSError as error:
-            raise CheckpointError(f"{self.folder}: cannot be written: {error}") from error
 
     def wait(self) -> None:
         """Wait until the last save is whole.
@@ -260,8 +243,8 @@ class Checkpoints:
         try:
             self._worker.wait()
         except CheckpointError as error:
-            self._last = self._whole
-            raise CheckpointError(f"{error}; {_last_good(self._whole)}") from error
+            self._last = self._writer.whole
+            raise CheckpointError(f"{error}; {_last_good(self._writer.whole)}") from error
 
     def close(self) -> None:
         """Wait for the last save, and leave the folder to others.
@@ -308,7 +291,7 @@ class Checkpoints:
         candidates = [k for k in reversed(there) if step is None or k <= step]
         found, (document, items) = self._first_good(candidates, fall_back)
         restored = self._run.unpack(self.path(found), document, items, trained, opt_state)
-        self._last = self._whole = found
+        self._last = self._writer.whole = found
         return restored
 
     def _first_good(
@@ -326,26 +309,20 @@ class Checkpoints:
                 return step, found
             raise CheckpointError(
                 f"{first_error}; {_last_good(step)}: restore(step={step}), or "
-                "restore(fall_back=True), goes on from there"
+                "restore(fall_back=True), or --fall-back of a script, goes on from there"
             ) from first_error
         assert first_error is not None
         raise CheckpointError(f"{first_error}; {_last_good(None)}") from first_error
 
-    def _read_metrics(self) -> dict[int, float | None]:
-        found = {}
-        for step in self.steps:
-            # A damaged one is neither counted nor deleted.
-            with contextlib.suppress(CheckpointError):
-                document = resuming.read_document(self.path(step))
-                found[step] = document["state"]["metrics"].get(self._best)
-        return found
-
     def _check_metrics(self, metrics: Mapping[str, float]) -> dict[str, float | None]:
-        if metrics and self._best is not None and self._best not in metrics:
+        best = self._writer.metric
+        if metrics and best is not None and best not in metrics:
             raise ConfigError(
-                f"expected metrics with {self._best!r}, by which the best is kept, got "
+                f"expected metrics with {best!r}, by which the best is kept, got "
                 f"{', '.join(map(repr, metrics))}; pass it, or no metrics at all"
             )
+        if odd := [f"{name!r}: {x!r}" for name, x in metrics.items() if not _is_number(x)]:
+            raise ConfigError(f"expected numbers as metrics, got {', '.join(odd)}")
         numbers = {name: float(x) for name, x in metrics.items()}
         return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
@@ -368,6 +345,21 @@ def _check_options(
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(x: Any) -> bool:
+    return np.ndim(x) == 0 and np.issubdtype(np.asarray(x).dtype, np.number)
+
+
+def _checked_step(folder: Path, step: Any) -> int:
+    """A number of steps as Python's, whichever library it is of."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise CheckpointError(f"{folder}: expected a number of steps, got {step!r}")
+    return number
 
 
 def _last_good(step: int | None) -> str:

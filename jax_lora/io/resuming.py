@@ -74,7 +74,7 @@ class Run:
     """
 
     def __init__(self, base: Any, config: LoraConfig | None, settings: Mapping[str, Any]):
-        self.base, self.config, self.settings = base, config, plain(dict(settings))
+        self.base, self.config, self.settings = base, config, files.plain("run", settings)
         self.fingerprint: Fingerprint | None = None if base is None else fingerprint(base)
 
     def pack(
@@ -148,20 +148,21 @@ class Run:
 
     def _problems(self, document: Mapping[str, Any], trained: Any, opt_state: Any) -> list[str]:
         kinds = {files.ADAPTER: "an adapter", files.PARAMS: "parameters"}
-        now = files.ADAPTER if isinstance(trained, Adapter) else files.PARAMS
-        if document["format"] != now:
-            return [f"saved {kinds[document['format']]}, now {kinds[now]}"]
+        kind = files.ADAPTER if isinstance(trained, Adapter) else files.PARAMS
+        if document["format"] != kind:
+            return [f"saved {kinds[document['format']]}, now {kinds[kind]}"]
         kept = document["state"]
         problems = _differences(kept["run"], self.settings)
         lora = document.get("lora")
         if self.config is not None and lora is not None:
-            problems += _differences(lora, plain(self.config.to_json()), "config.")
+            problems += _differences(lora, files.plain("config", self.config.to_json()), "config.")
         if problems:
             return problems  # of which other shapes are what follows
         problems += state.mismatches(trained, document[files.ARRAYS], {})
         if isinstance(trained, Adapter):
             then = {path: x for path, x in document["entries"].items() if path in trained}
-            problems += _differences(then, plain({path: static_of(trained[path]) for path in then}))
+            now = {path: static_of(trained[path]) for path in then}
+            problems += _differences(then, files.plain("entries", now))
         start = f"{_OPTIMIZER}/"
         items = document.get(files.TRAINING, {}).items()
         saved = {path.removeprefix(start): what for path, what in items if path.startswith(start)}
@@ -210,16 +211,12 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def plain(data: Any) -> Any:
-    """A copy of JSON-able data, as it comes back from a file."""
-    return json.loads(json.dumps(data))
-
-
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One line for each name whose value is not the same."""
     none = "nothing"
     return [
-        f"{prefix}{name}: saved {then.get(name, none)!r}, now {now.get(name, none)!r}"
+        f"{prefix}{name}: saved {old!r}, now {new!r}"
         for name in sorted({*then, *now})
-        if then.get(name, none) != now.get(name, none)
+        if (old := then.get(name, none)) != (new := now.get(name, none))
+        and json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True)  # NaN is no other
     ]

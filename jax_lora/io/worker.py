@@ -95,7 +95,8 @@ class Worker:
 
     def join(self) -> None:
         """Wait until no job is running, and leave what it raised to the next call."""
-        if self._thread is not None:
+        # Garbage may be collected in any thread, and with it who has this worker.
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self, job: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         with pytest.raises(KeyboardInterrupt):
             run_reproduce(options)
         assert sorted(path.name for path in out.iterdir()) == ["base", "checkpoints"]
+        # The base would get ahead of the adapter, and no --epochs would be right any more.
+        with pytest.raises(jl.ConfigError, match=f"expected --epochs 2, as {out / 'base'} is save"):
+            run_reproduce(dataclasses.replace(options, epochs=3))
         return out, run_reproduce(options)
 
 

@@ -79,6 +79,34 @@ def test_ctrl_c_is_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert "checkpoints already saved are complete" in err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_in_the_middle_of_a_compilation() -> None:
+    """Whose remains make JAX 0.10 crash when the interpreter ends."""
+    code = """
+import dataclasses, os, signal, sys, threading
+import jax, jax.numpy as jnp
+from jax_lora.experiments.cli import main
+@dataclasses.dataclass(frozen=True)
+class Options: pass
+def fun(x):
+    for k in range(300):
+        x = jnp.sin(x @ x) + k
+    return x
+def run(options):
+    lowered = jax.jit(fun).lower(jnp.ones((8, 8)))
+    print("compiling")
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+    lowered.compile()
+    print("compiled")
+sys.exit(main(Options, run, []))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "compiling\n")
+    assert done.stderr == "interrupted; checkpoints already saved are complete\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jax_lora as jl
-from jax_lora.io import files
+from jax_lora.io import files, guards
 
 Files = dict[str, bytes]
 
@@ -202,7 +203,14 @@ class TestRefusals:
         jl.io.load_params(tmp_path / "empty")
 
     @pytest.mark.parametrize(
-        "leaves", [{}, {"w": "text"}, {"w": jnp.zeros((0, 3))}, {"w": jax.random.key(0)}]
+        "leaves",
+        [
+            {},
+            {"w": "text"},
+            {"w": jnp.zeros((0, 3))},
+            {"w": jax.random.key(0)},
+            {"w": np.ones(2, ">f4")},
+        ],
     )
     def test_what_is_no_array_is_refused_before_anything_is_written(
         self, tmp_path: Path, leaves: Any
@@ -211,6 +219,12 @@ class TestRefusals:
             jl.CheckpointError, match="expected a tree of arrays that are not empty"
         ):
             jl.io.save_params(tmp_path / "base", leaves)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_names_of_which_orbax_keeps_one(self, tmp_path: Path) -> None:
+        both = {"a": {"b": jnp.ones(1)}, "a.b": jnp.zeros(1), "a.c": jnp.ones(1)}
+        with pytest.raises(jl.CheckpointError, match=r"got a/b, a\.b; rename one"):
+            jl.io.save_params(tmp_path / "base", both)
         assert list(tmp_path.iterdir()) == []
 
     def test_ctrl_c_while_saving_waits_for_the_save(self, tmp_path: Path, params: Any) -> None:
@@ -227,6 +241,35 @@ class TestRefusals:
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
         jl.io.load_params(tmp_path / "base")
 
+    def test_several_threads_at_a_time(self, tmp_path: Path, params: Any) -> None:
+        """As when an adapter is saved while a training writes its checkpoint."""
+        folders = [tmp_path / str(k) for k in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda folder: jl.io.save_params(folder, params), folders))
+        for folder in folders:
+            assert_same_bits(jl.io.load_params(folder)[0], params)
+
+    def test_what_a_killed_process_left_is_replaced(
+        self, tmp_path: Path, params: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        names = ("a*", "ab")  # of which the first is also a pattern for the second
+        for name in names:
+            (tmp_path / f"{name}.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)
+        jl.io.save_params(tmp_path / "a*", params)
+        present = sorted(path.name for path in tmp_path.iterdir())
+        assert present == ["a*", "ab.orbax-checkpoint-tmp"]
+        assert caplog.messages == []
+
+    @pytest.mark.parametrize("name", ["a[1]", "targets=[q,v]/base", "a\\b"])
+    def test_a_path_that_orbax_takes_for_a_pattern(
+        self, tmp_path: Path, params: Any, name: str
+    ) -> None:
+        with pytest.raises(jl.CheckpointError, match="expected a path without"):
+            jl.io.save_params(tmp_path / name, params)
+        with pytest.raises(jl.CheckpointError, match="expected a path without"):
+            jl.io.Checkpoints(tmp_path / name).claim()
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_target_that_cannot_be_made(self, tmp_path: Path, params: Any) -> None:
         (tmp_path / "file").write_text("hello")
         with pytest.raises(jl.CheckpointError, match="cannot be written"):
@@ -234,9 +277,24 @@ class TestRefusals:
         assert files_of(tmp_path) == {"file": b"hello"}
 
     def test_metadata_that_is_not_json(self, tmp_path: Path, params: Any) -> None:
-        with pytest.raises(TypeError):
-            jl.io.save_params(tmp_path / "base", params, {"x": object()})
+        odd = {"x": object(), "list": [1, np.float32(2)], "fine": {"1": (None, 2.5)}, ("a",): 1}
+        with pytest.raises(jl.ConfigError) as caught:
+            jl.io.save_params(tmp_path / "base", params, odd)
+        assert str(caught.value) == (
+            "expected what JSON has, got metadata/x: object, metadata/list/1: float32, metadata: "
+            "the name ('a',); convert it"
+        )
         assert list(tmp_path.iterdir()) == []
+
+    def test_metadata_that_would_not_be_read_again(
+        self, tmp_path: Path, params: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(guards, "MAX_TEXT", 5000)
+        with pytest.raises(jl.CheckpointError, match=r"expected at most 5,000 letters of metadata"):
+            jl.io.save_params(tmp_path / "base", params, {"x": "a" * 5000})
+        assert list(tmp_path.iterdir()) == []
+        jl.io.save_params(tmp_path / "base", params, {"x": "a" * 2000})
+        assert jl.io.load_params(tmp_path / "base")[1] == {"x": "a" * 2000}
 
     def test_the_wrong_kind(self, base: Path, saved: Path) -> None:
         with pytest.raises(jl.CheckpointError, match=r"expected .*adapter.*found .*params"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,31 @@ class TestAsync:
             self.interrupted(checkpoints, KeyboardInterrupt())
         assert folders.leftovers(tmp_path) == []
         assert checkpoints.steps == [1]
+
+    def test_who_begins_again_waits(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As in a notebook, where the cell that makes the checkpoints is run once more."""
+        write = files.write
+
+        def slow(*args: Any, **items: Any) -> None:
+            time.sleep(0.1)
+            write(*args, **items)
+
+        monkeypatch.setattr(files, "write", slow)
+        for expected in ([], [1], [1, 2]):
+            checkpoints = jl.io.Checkpoints(tmp_path)
+            assert checkpoints.steps == expected
+            if expected:
+                checkpoints.restore({"w": jnp.ones(1)}, ())
+            checkpoints.save(len(expected) + 1, {"w": jnp.ones(1)}, ())
+        other = jl.io.Checkpoints(tmp_path)
+        checkpoints.wait()
+        other.restore({"w": jnp.ones(1)}, ())
+        with pytest.raises(jl.CheckpointError, match="but this process does through others"):
+            other.claim()
+        checkpoints.close()
+        assert capsys.readouterr() == ("", "")
 
 
 class TestErrorsOfTheThread:
@@ -383,6 +409,12 @@ class TestAnotherRun:
             "  config.rank: saved 2, now 1",
         ]
 
+    def test_what_is_the_same(self, tmp_path: Path) -> None:
+        saved(tmp_path, steps=[10], run={"limit": np.nan, "rate": 1, "sizes": (1, 2)})
+        run = {"sizes": [1, 2], "rate": 1.0, "limit": float("nan")}
+        again = jl.io.Checkpoints(tmp_path, base=base(), config=CONFIG, run=run)
+        assert again.restore(adapter(), adam().init(adapter())).step == 10
+
     def test_another_layout_of_the_same_shapes(self, tmp_path: Path) -> None:
         square = {"w": jnp.ones((3, 3))}
         entries = [
@@ -506,9 +538,20 @@ class TestOptions:
         checkpoints = jl.io.Checkpoints(tmp_path / "new")
         with pytest.raises(jl.CheckpointError, match=f"found other leaves at .*{what}"):
             checkpoints.save(1, base(), state)
-        with pytest.raises(TypeError):
+        with pytest.raises(jl.ConfigError, match="metadata/x: object"):
             checkpoints.save(1, base(), (), metadata={"x": object()})
+        with pytest.raises(jl.ConfigError, match=r"numbers as metrics, got 'x': 'high', 'y': "):
+            checkpoints.save(1, base(), (), metrics={"x": "high", "y": np.ones(1), "z": True})
+        for step in (1.0, -1, "1", None):
+            with pytest.raises(jl.CheckpointError, match="expected a number of steps"):
+                checkpoints.save(step, base(), ())  # type: ignore[arg-type]
         assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("step", [np.int64(7), jnp.int32(7)])
+    def test_the_steps_of_other_libraries(self, tmp_path: Path, step: Any) -> None:
+        with jl.io.Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(step, {"w": jnp.ones(1)}, ())
+        assert checkpoints.restore({"w": jnp.ones(1)}, (), step=step).step == 7
 
     def test_an_adapter_that_does_not_fit(self, tmp_path: Path) -> None:
         checkpoints = jl.io.Checkpoints(tmp_path, base={"dense": {"w": random((3, 3), 0)}})
