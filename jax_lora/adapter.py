@@ -11,16 +11,19 @@ adapters are one adapter with a leading axis.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_lora.errors import AdapterError, expect_type, near_misses
+from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
 
 #: The label of a factor's rank axis; the other labels are axes of the weight.
 RANK = -1
@@ -276,6 +279,10 @@ class Adapter(Mapping[str, Entry]):
     __slots__ = ("_entries",)
 
     def __init__(self, entries: Mapping[str, Entry]):
+        expect_type("entries by path", entries, Mapping)
+        for path, entry in entries.items():
+            expect_type("the path of a parameter", path, str)
+            expect_type(f"an entry for {path!r}", entry, Entry)
         self._entries = {path: entries[path] for path in sorted(entries)}
 
     def __getitem__(self, path: str) -> Any:
@@ -348,8 +355,37 @@ def leaves_by_path(params: Any) -> dict[str, Any]:
     return leaves
 
 
+def check_key(key: Any) -> None:
+    """Refuse what is no single PRNG key, of either kind that JAX has.
+
+    Raises:
+        ConfigError: Says what came instead.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if shape != () if typed else dtype != jnp.uint32 or len(shape or ()) != 1:
+        got = type(key).__name__ if dtype is None else f"an array {dtype}{list(shape or ())}"
+        raise ConfigError(f"expected a JAX PRNG key such as jax.random.key(0), got {got}")
+
+
+def real_array(what: str, value: Any) -> jax.Array:
+    """A real number, or an array of them, as an array.
+
+    Raises:
+        ConfigError: Names ``what`` was expected to be one.
+    """
+    array = None
+    if not isinstance(value, numbers.Real) or math.isfinite(value):
+        with contextlib.suppress(TypeError, ValueError):
+            array = jnp.asarray(value)
+    if array is None or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ConfigError(f"expected {what} to be a finite real number, got {value!r}")
+    return array
+
+
 def param_key(key: jax.Array, path: str) -> jax.Array:
     """A PRNG key that depends on the parameter's path alone, not on which others there are."""
+    check_key(key)
     digest = hashlib.sha256(path.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 
@@ -369,6 +405,11 @@ def check_plain(adapter: Adapter) -> None:
         )
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether a parameter holds what can be adapted: integers would round an update away."""
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact))
+
+
 def check_fits(params: Any, adapter: Adapter) -> None:
     """Check that every entry of the adapter has a parameter of the shape it was made for.
 
@@ -381,9 +422,10 @@ def check_fits(params: Any, adapter: Adapter) -> None:
     for path, entry in adapter.items():
         if path not in leaves:
             problems.append(f"{path}: no such parameter ({near_misses(path, leaves)})")
-        elif tuple(leaves[path].shape) != entry.shape:
-            found = tuple(leaves[path].shape)
+        elif (found := tuple(np.shape(leaves[path]))) != entry.shape:
             problems.append(f"{path}: made for shape {entry.shape}, found {found}")
+        elif not is_inexact(leaves[path]):
+            problems.append(f"{path}: expected floats, found {getattr(leaves[path], 'dtype', int)}")
         else:
             problems += [f"{path}: {problem}" for problem in entry.problems()]
     if problems:

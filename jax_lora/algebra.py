@@ -7,10 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_lora.adapter import Adapter, Entry, check_fits, check_plain, leaves_by_path, path_of
-from jax_lora.errors import AdapterError, ConfigError
+from jax_lora.adapter import (
+    Adapter,
+    Entry,
+    check_fits,
+    check_plain,
+    leaves_by_path,
+    path_of,
+    real_array,
+)
+from jax_lora.errors import AdapterError, ConfigError, expect_type
 from jax_lora.lowrank import product, working_dtype
 from jax_lora.rules import matching_paths
 from jax_lora.variants import factor_matrices
@@ -141,7 +148,8 @@ def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
         A new adapter with the same ``a`` and ``b``.
 
     Raises:
-        ConfigError: The factor has a shape that would change that of a ``scale``.
+        ConfigError: The factor is no real number, or has a shape that would change that of a
+            ``scale``.
         AdapterError: An update that is not in proportion to its scale (DoRA, trained values).
 
     Example:
@@ -152,7 +160,7 @@ def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
         0.5
     """
     check_plain(adapter)
-    value = jnp.asarray(factor)
+    value = real_array("the factor", factor)
 
     def scaled(path: str, factors: Any) -> Any:
         _check_proportional(path, factors)
@@ -219,6 +227,7 @@ def select(adapter: Adapter, globs: str | Sequence[str]) -> Adapter:
 
     Raises:
         TargetError: A glob that matches nothing, with the nearest paths.
+        ConfigError: What is no glob.
 
     Example:
         >>> import jax.numpy as jnp, jax_lora as jl
@@ -228,6 +237,7 @@ def select(adapter: Adapter, globs: str | Sequence[str]) -> Adapter:
         >>> list(select(adapter, "l1/*")), list(drop(adapter, "l1/*"))
         (['l1/kernel'], ['l2/kernel'])
     """
+    expect_type("an adapter", adapter, Adapter)
     matched = matching_paths(globs, adapter)
     return Adapter({path: factors for path, factors in adapter.items() if path in matched})
 
@@ -244,6 +254,8 @@ def drop(adapter: Adapter, globs: str | Sequence[str]) -> Adapter:
 
     Raises:
         TargetError: A glob that matches nothing, with the nearest paths.
+        ConfigError: What is no glob.
     """
+    expect_type("an adapter", adapter, Adapter)
     matched = matching_paths(globs, adapter)
     return Adapter({path: factors for path, factors in adapter.items() if path not in matched})

@@ -18,6 +18,7 @@ from jax_lora.adapter import (
     check_plain,
     leaves_by_path,
     param_key,
+    real_array,
 )
 from jax_lora.errors import AdapterError, ConfigError, near_misses
 from jax_lora.lowrank import (
@@ -74,6 +75,11 @@ def combine(
     - ``"dare"`` (Yu et al. 2023): ``sum_i w_i drop(dW_i)``, where ``drop`` keeps each element with
       probability ``density`` and divides it by that, so that the expectation is the sum.
     - ``"dare_ties"``: as ``"ties"``, with ``drop`` in place of ``trim``.
+
+    PEFT's ``add_weighted_adapter`` has the same updates under the names ``cat``, ``svd``,
+    ``magnitude_prune_svd`` and, for equal weights, ``ties_svd``, which elects the sign before the
+    weights; ``dare_linear_svd`` and ``dare_ties_svd`` draw from torch. Its combinations without
+    ``svd`` prune and add the ``a_i`` and ``b_i`` apart, which is left out like its ``linear``.
 
     The last four form each ``dW_i``, and truncate the result to ``rank``. TIES trims the whole task
     vector at once; here each matrix is trimmed on its own, one of a stack as one that is alone, so
@@ -264,7 +270,7 @@ def _check_weights(weights: Any, count: int) -> list[jax.Array]:
             f"expected one weight for each of the {count} adapters, an array of shape ({count},) "
             f"or a list of scalars; got {got}"
         )
-    return [jnp.asarray(weights[i]) for i in range(count)]
+    return [real_array(f"weight {i}", weights[i]) for i in range(count)]
 
 
 def _check_layouts(adapters: Sequence[Adapter]) -> None:

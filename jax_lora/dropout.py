@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import RANK, Adapter, Entry, check_plain, param_key
+from jax_lora.adapter import RANK, Adapter, Entry, check_key, check_plain, param_key
 from jax_lora.errors import ConfigError, near_misses
 from jax_lora.virtual import Drop, LoraWeight
 
@@ -74,8 +74,7 @@ def dropout(adapter: Adapter, key: jax.Array, rates: float | Mapping[str, float]
                 f"{path}: expected no dropout for what is trained whole, as there is no input to "
                 f"drop; got the rate {rate!r}"
             )
-    if not hasattr(key, "dtype"):
-        raise ConfigError(f"expected a JAX PRNG key, another one for every step; got {key!r}")
+    check_key(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 

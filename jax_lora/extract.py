@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter, Entry, Layout, check_plain, leaves_by_path
-from jax_lora.errors import AdapterError, ConfigError, near_misses
+from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
 from jax_lora.linalg import singular_values
 from jax_lora.lowrank import (
     Approximation,
@@ -102,7 +102,8 @@ def extract(
         )
     before, after = leaves_by_path(base), leaves_by_path(tuned)
     layouts = getattr(layouts, "targets", layouts)
-    known = {path: _layout_of(x) for path, x in layouts.items()}
+    expect_type("layouts by path, as plan.targets has them", layouts, Mapping)
+    known = {path: _layout_of(path, x) for path, x in layouts.items()}
     _check_trees(before, after, known, ignore)
     entries: dict[str, Entry] = {}
     errors: dict[str, jax.Array] = {}
@@ -189,11 +190,16 @@ def resize(adapter: Adapter, rank: int) -> Approximation:
     return Approximation(Adapter(entries), errors)
 
 
-def _layout_of(known: Layout | HasLayout) -> Layout | None:
+def _layout_of(path: str, known: Layout | HasLayout) -> Layout | None:
     """The roles of a weight's axes; None if it is to be a value trained whole."""
     if isinstance(known, Layout):
         return known
     whole = isinstance(known, FullValue) or getattr(known, "variant", "") == FullValue.NAME
+    if not whole and not hasattr(known, "layout"):
+        raise AdapterError(
+            f"{path}: expected a Layout or what has one, as plan.targets and adapters do, got "
+            f"{type(known).__name__}"
+        )
     return None if whole else known.layout
 
 

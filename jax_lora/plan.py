@@ -9,10 +9,17 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import Adapter, Entry, leaves_by_path, param_key
+from jax_lora.adapter import (
+    Adapter,
+    Entry,
+    check_key,
+    is_inexact,
+    leaves_by_path,
+    param_key,
+)
 from jax_lora.config import LoraConfig
 from jax_lora.discover import discover
-from jax_lora.errors import AdapterError, expect_type, near_misses
+from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
 from jax_lora.initializers import FROM_WEIGHT
 from jax_lora.interpreter import Interpreter
 from jax_lora.rules import Mode
@@ -200,7 +207,8 @@ def plan(
             earlier ones take all it matches; one that names what cannot be adapted, or a parameter
             that the function never uses; layers that do not exist, or that are stacked in one
             parameter. All of them at once, with the nearest paths.
-        ConfigError: A rank that exceeds min(in, out) of every weight it is for.
+        ConfigError: A rank that exceeds min(in, out) of every weight it is for; arguments that
+            cannot be examples, or a first one that is no function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -219,6 +227,10 @@ def plan(
     """
     config = LoraConfig() if config is None else config
     expect_type("a configuration", config, LoraConfig)
+    if any(isinstance(arg, LoraConfig) for arg in args):
+        raise ConfigError(
+            "expected example arguments of the function, got a LoraConfig; pass config=... by name"
+        )
     uses = discover(fun, params, *args, **kwargs)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if path in uses}
     targets, skipped = select(config, leaves, uses)
@@ -282,7 +294,9 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
 
     Raises:
         AdapterError: The parameters are not those of the plan.
+        ConfigError: The key is none.
     """
+    check_key(key)
     expect_type("a plan", plan, Plan)
     leaves = leaves_by_path(params)
     problems = []
@@ -290,6 +304,8 @@ def init(key: jax.Array, params: Any, plan: Plan) -> Adapter:
         if path not in leaves or tuple(leaves[path].shape) != target.shape:
             found = tuple(leaves[path].shape) if path in leaves else near_misses(path, leaves)
             problems.append(f"{path}: expected shape {target.shape}, found {found}")
+        elif not is_inexact(leaves[path]):
+            problems.append(f"{path}: expected floats, found {leaves[path].dtype}")
     if problems:
         raise AdapterError("these are not the planned parameters:\n  " + "\n  ".join(problems))
     return _fresh(key, {path: leaves[path] for path in plan.targets}, plan)

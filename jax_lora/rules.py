@@ -359,21 +359,56 @@ def matching_paths(globs: str | Iterable[str], paths: Iterable[str]) -> set[str]
 
     Raises:
         TargetError: Names every pattern that matches nothing, with the nearest paths.
+        ConfigError: What is no pattern.
 
     Example:
         >>> sorted(matching_paths(("l1/*", "**/bias"), ["l1/kernel", "l2/kernel", "l2/bias"]))
         ['l1/kernel', 'l2/bias']
     """
+    if not isinstance(globs, Iterable):
+        raise ConfigError(f"expected globs over parameter paths, got {globs!r}")
     globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    if odd := [glob for glob in globs if not isinstance(glob, str)]:
+        raise ConfigError(f"expected globs over parameter paths, got {odd[0]!r} among them")
+    if bad := [problem for glob in globs for problem in pattern_problems(glob)]:
+        raise ConfigError("; ".join(bad))
     paths = list(paths)
     found = {glob: {path for path in paths if path_matches(glob, path)} for glob in globs}
-    problems = [f"{glob!r} ({near_misses(glob, paths)})" for glob in globs if not found[glob]]
+    problems = [f"{glob!r} ({meant(glob, paths)})" for glob in globs if not found[glob]]
     if problems:
         raise TargetError(
             "expected every glob to match at least one path; correct or leave out what matches "
             "nothing:\n  " + "\n  ".join(problems)
         )
     return set().union(*found.values())
+
+
+def meant(pattern: str, paths: Iterable[str], names: Iterable[str] = ()) -> str:
+    """What a pattern that matches no path was for, as the tail of an error message.
+
+    The arrays of a Flax NNX state, for one, are a level below the names that its modules give.
+
+    Args:
+        pattern: The pattern.
+        paths: The paths that there are.
+        names: What else could have been meant.
+
+    Example:
+        >>> meant("**/kernel", ["l1/kernel/value", "l2/kernel/value"])
+        "parameters are below; write '**/kernel/value'"
+        >>> meant("l1", ["l1/kernel", "l1/bias"])
+        "parameters are below; write 'l1/**'"
+        >>> meant("**/kernal", ["l1/kernel"])
+        "nearest: 'l1/kernel'"
+    """
+    paths = list(paths)
+    anything = f"{pattern}/.*" if pattern.startswith(REGEX) else f"{pattern}/**"
+    below = [path for path in paths if path_matches(anything, path)]
+    if not below:
+        return near_misses(pattern, (*paths, *names))
+    last = f"{pattern}/{below[0].rpartition('/')[2]}"
+    same = all(path_matches(last, path) for path in below)
+    return f"parameters are below; write {(last if same else anything)!r}"
 
 
 def _name(predicate: Any, qualified: bool = False) -> str:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax_lora.adapter import Layout, Settings, Variant
 from jax_lora.config import LoraConfig
 from jax_lora.discover import MATRIX_USES, Use, low_rank_multiply_adds
-from jax_lora.errors import ConfigError, TargetError, near_misses
+from jax_lora.errors import ConfigError, TargetError
 from jax_lora.initializers import FROM_WEIGHT
-from jax_lora.rules import ALL_LINEAR, PRESETS, Mode, Rule, path_matches
+from jax_lora.rules import ALL_LINEAR, PRESETS, Mode, Rule, meant, path_matches
 from jax_lora.tables import spans
 from jax_lora.variants import VARIANTS
 
@@ -145,8 +145,7 @@ def select(
             skipped[path] = reason
     dead = [problem for tally in tallies if (problem := tally.problem(leaves, adaptable))]
     for k, pattern in unmatched.items():
-        near = near_misses(pattern, leaves)
-        dead.append(f"exclude[{k}] {pattern!r} matches no parameter ({near})")
+        dead.append(f"exclude[{k}] {pattern!r} matches no parameter ({meant(pattern, leaves)})")
     if not adaptable and not targets:
         reasons = [f"{path}: {reason}" for path, reason in skipped.items()]
         dead += reasons or ["the first argument has no arrays in it, or is no registered pytree"]
@@ -269,7 +268,7 @@ class _Tally:
     def problem(self, leaves: Iterable[str], adaptable: int) -> str:
         """What is wrong with the rule; empty if nothing is."""
         if not self.lost and self.rule.by_path:
-            near = near_misses(str(self.rule.match), (*leaves, *PRESETS))
+            near = meant(str(self.rule.match), leaves, PRESETS)
             return f"{self.label} matches no parameter ({near})"
         if not self.lost:
             return f"{self.label} matches none of the {adaptable} parameters that can be adapted"

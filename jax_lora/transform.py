@@ -48,7 +48,8 @@ def apply(
         AdapterError: From the returned function: an entry of the adapter has no parameter, or one
             of another shape.
         MaterializeError: From the returned function, under ``strict``.
-        ConfigError: An unknown mode, or a mapping with a path that is not adapted.
+        ConfigError: ``fun`` is no function; an unknown mode, or a mapping with a path that is not
+            adapted.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -64,6 +65,7 @@ def apply(
     References:
         Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
+    check_callable(fun)
     _check_mode(mode)
 
     @functools.wraps(fun)
@@ -77,6 +79,19 @@ def apply(
     if signature is not None:
         adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
+
+
+def check_callable(fun: Any) -> None:
+    """Refuse what is no function, such as parameters in its place.
+
+    Raises:
+        ConfigError: Says what came instead.
+    """
+    if not callable(fun):
+        raise ConfigError(
+            "expected a function of parameters first, such as model.apply, got "
+            f"{type(fun).__name__}"
+        )
 
 
 def _check_mode(mode: Any) -> None:

@@ -250,3 +250,83 @@ def test_a_glob_that_matches_nothing_is_named(case: Any, fun: Any) -> None:
     assert "'matrx' (nearest: 'matrix')" in str(error.value)
     assert "'expert' (nearest: 'experts last'" in str(error.value)
     assert "'stack' (" not in str(error.value)
+
+
+def _small() -> tuple[dict[str, Any], jl.Plan, jl.Adapter]:
+    params = {"w": jnp.ones((4, 3))}
+    config = jl.LoraConfig(rank=2)
+    plan = jl.plan(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)), config=config)
+    return params, plan, jl.init(jax.random.key(0), params, plan)
+
+
+# What is called with parameters, their plan and an adapter; the error and what it says.
+MISTAKES: dict[str, Any] = {
+    "init without key": (lambda p, q, a: jl.init(None, p, q), "Config", "PRNG key .*NoneType"),
+    "init by number": (lambda p, q, a: jl.init(0, p, q), "Config", r"key\(0\), got int"),
+    "init by floats": (lambda p, q, a: jl.init(jnp.ones(2), p, q), "Config", r"float32\[2\]"),
+    "init by keys": (
+        lambda p, q, a: jl.init(jax.random.split(jax.random.key(0), 3), p, q),
+        "Config",
+        r"an array key<fry>\[3\]",
+    ),
+    "init of integers": (
+        lambda p, q, a: jl.init(jax.random.key(0), {"w": jnp.ones((4, 3), jnp.int32)}, q),
+        "Adapter",
+        "w: expected floats, found int32",
+    ),
+    "merge into integers": (
+        lambda p, q, a: jl.merge({"w": jnp.ones((4, 3), jnp.int32)}, a),
+        "Adapter",
+        "w: expected floats, found int32",
+    ),
+    "merge into a number": (
+        lambda p, q, a: jl.merge({"w": 1.0}, a),
+        "Adapter",
+        r"w: made for shape \(4, 3\), found \(\)",
+    ),
+    "scale by nothing": (lambda p, q, a: jl.scale(a, None), "Config", "the factor .*got None"),
+    "scale by text": (lambda p, q, a: jl.scale(a, "2"), "Config", "the factor .*got '2'"),
+    "scale by nan": (lambda p, q, a: jl.scale(a, float("nan")), "Config", "finite real .*nan"),
+    "scale by i": (lambda p, q, a: jl.scale(a, 1j), "Config", "real number, got 1j"),
+    "select by number": (lambda p, q, a: jl.select(a, 0), "Config", "globs .*got 0"),
+    "select by None": (lambda p, q, a: jl.select(a, ["w", None]), "Config", "got None among"),
+    "drop by half": (lambda p, q, a: jl.drop(a, "re:("), "Config", r"got 're:\(': missing \)"),
+    "select of None": (lambda p, q, a: jl.select(None, "w"), "Adapter", "an adapter .*NoneType"),
+    "drop of params": (lambda p, q, a: jl.drop(p, "w"), "Adapter", "an adapter .*got dict"),
+    "combine by text": (lambda p, q, a: jl.combine([a], ["1"]), "Config", "weight 0 .*got '1'"),
+    "combine by nan": (
+        lambda p, q, a: jl.combine([a, a], [1, float("inf")]),
+        "Config",
+        "weight 1 .*got inf",
+    ),
+    "combine by a number": (
+        lambda p, q, a: jl.combine([a], method="dare", density=0.5, key=3),
+        "Config",
+        "PRNG key .*got int",
+    ),
+    "extract by uses": (
+        lambda p, q, a: jl.extract(p, p, {"w": q.targets["w"].uses}, rank=1),
+        "Adapter",
+        "w: expected a Layout .*got tuple",
+    ),
+    "extract by nothing": (
+        lambda p, q, a: jl.extract(p, p, None, rank=1),
+        "Adapter",
+        "layouts by path, .*got NoneType",
+    ),
+    "dropout by number": (lambda p, q, a: jl.dropout(a, 1, 0.5), "Config", "PRNG key .*got int"),
+    "an adapter of nothing": (lambda p, q, a: jl.Adapter(None), "Adapter", "by path .*NoneType"),
+    "an adapter of arrays": (lambda p, q, a: jl.Adapter(p), "Adapter", "an entry for 'w' .*Array"),
+    "an adapter of numbers": (
+        lambda p, q, a: jl.Adapter({1: a["w"]}),
+        "Adapter",
+        "the path of a parameter .*got int",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_error_that_says_what_came(name: str) -> None:
+    call, kind, text = MISTAKES[name]
+    with pytest.raises(getattr(jl, f"{kind}Error"), match=text):
+        call(*_small())

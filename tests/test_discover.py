@@ -96,6 +96,13 @@ PRODUCTS: dict[str, Any] = {
         ((1,), (2,), (0,)),
         5 * 24,
     ),
+    "the layer of a stack of one": (
+        lambda p, x: x @ p["w"][0],
+        (1, 6, 4),
+        (5, 6),
+        ((1,), (2,), (0,)),
+        5 * 24,
+    ),
     "a layer by a traced index": (
         lambda p, x: (
             x @ lax.dynamic_index_in_dim(p["w"], x.shape[0] * x[0, 0].astype(jnp.int32))[0]
@@ -233,12 +240,103 @@ def test_a_scalar_parameter_scales_a_weight() -> None:
     assert [use.primitive for use in uses["w"]] == ["dot_general"]
 
 
-def test_two_weights_multiplied_elementwise_are_two_uses() -> None:
-    def fun(p: Any, x: Any) -> Any:
-        return x @ (p["mask"] * p["w"])
+def _catted(p: Any, x: Any) -> Any:
+    return x @ jnp.concatenate([p["w"], jnp.ones((6, 1)), p["v"][:, :2]], axis=1)
 
-    uses = jl.discover(fun, {"mask": _shape(6, 4), "w": _shape(6, 4)}, _shape(5, 6))
-    assert [use.primitive for use in (*uses["mask"], *uses["w"])] == ["mul", "mul"]
+
+def _normalised(p: Any, x: Any) -> Any:
+    centred = p["w"] - p["w"].mean(0)
+    return x @ (p["gain"] * centred / jnp.sqrt((centred**2).sum(0) + 1))
+
+
+def _masked_in_a_loop(p: Any, x: Any) -> Any:
+    mask = jnp.triu(jnp.ones((6, 6)))
+    return lax.scan(lambda x, w: (x @ (w * mask), None), x, p["w"])[0]
+
+
+# Of weights that are joined with others or changed on their way to a product: fun, the shapes, and
+# for each parameter its layout or None, and the multiply-adds of its products with 5 rows.
+JOINED: dict[str, Any] = {
+    "masked by a parameter": (
+        lambda p, x: x @ (p["mask"] * p["w"]),
+        {"mask": (6, 4), "w": (6, 4)},
+        {"mask": (((0,), (1,)), 5 * 24), "w": (((0,), (1,)), 0)},
+    ),
+    "a sum of weights": (
+        lambda p, x: x @ (p["w"] + p["v"].T).T,
+        {"v": (6, 4), "w": (4, 6)},
+        {"w": (((1,), (0,)), 5 * 24), "v": (((0,), (1,)), 0)},
+    ),
+    "concatenated": (
+        _catted,
+        {"v": (6, 3), "w": (6, 4)},
+        {"v": (((0,), (1,)), 5 * 12), "w": (((0,), (1,)), 5 * 24)},
+    ),
+    "stacked": (
+        lambda p, x: jnp.einsum("bi,nio->bno", x, jnp.stack([p["w"], p["v"]])),
+        {"v": (6, 4), "w": (6, 4)},
+        {"v": (((0,), (1,)), 5 * 24), "w": (((0,), (1,)), 5 * 24)},
+    ),
+    "rolled and padded": (
+        lambda p, x: x @ jnp.pad(jnp.roll(p["w"], 1, axis=0), ((0, 0), (1, 1))),
+        {"w": (6, 4)},
+        {"w": (((0,), (1,)), 5 * 36)},
+    ),
+    "normalised, with a gain for each output": (
+        _normalised,
+        {"gain": (4,), "w": (6, 4)},
+        {"gain": (None, 0), "w": (((0,), (1,)), 5 * 24)},
+    ),
+    "scaled by blocks": (
+        lambda p, x: x @ (p["w"].reshape(3, 2, 4) * p["scales"][:, None]).reshape(6, 4),
+        {"scales": (3, 4), "w": (6, 4)},
+        {"scales": (None, 0), "w": (((0,), (1,)), 5 * 24)},
+    ),
+    "masked in a loop": (_masked_in_a_loop, {"w": (3, 6, 6)}, {"w": (((1,), (2,), (0,)), 15 * 36)}),
+    "chosen by a branch": (
+        lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda: p["w"], lambda: p["v"].T),
+        {"v": (4, 6), "w": (6, 4)},
+        {"w": (((0,), (1,)), 5 * 24), "v": (((1,), (0,)), 5 * 24)},
+    ),
+    "behind a barrier": (
+        lambda p, x: (lambda w, x: x @ w)(*lax.optimization_barrier((p["w"], x))),
+        {"w": (6, 4)},
+        {"w": (((0,), (1,)), 5 * 24)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_is_joined_is_still_a_weight(name: str) -> None:
+    fun, shapes, expected = JOINED[name]
+    uses = jl.discover(fun, {k: _shape(*sizes) for k, sizes in shapes.items()}, _shape(5, 6))
+    assert set(uses) == set(expected)
+    for path, (roles, cost) in expected.items():
+        shape = shapes[path]
+        layouts = [found for use in uses[path] if (found := use.layout(shape)) is not None]
+        assert layouts == ([] if roles is None else [jl.Layout(shape, *roles)]), path
+        products = (use for use in uses[path] if use.primitive == "dot_general")
+        assert sum(use.multiply_adds for use in products) == cost, path
+
+
+def test_what_is_joined_with_an_input_is_an_activation() -> None:
+    def fun(p: Any, x: Any, ids: Any, mask: Any) -> Any:
+        h = (p["table"][ids] + p["positions"]) @ (p["w"] * mask)
+        tokens = jnp.concatenate([p["first"], h])
+        return jnp.pad(tokens, ((0, 0), (0, 4))) @ p["head"]
+
+    params = {"table": _shape(9, 6), "positions": _shape(5, 6), "w": _shape(6, 4)}
+    params |= {"first": _shape(1, 4), "head": _shape(8, 2)}
+    ids = _shape(5, dtype=jnp.int32)
+    uses = jl.discover(fun, params, _shape(5, 6), ids, _shape(6, 4))
+    primitives = {path: [use.primitive for use in found] for path, found in uses.items()}
+    assert primitives == {
+        "table": ["gather"],
+        "positions": ["add"],
+        "w": ["mul"],
+        "first": ["concatenate"],
+        "head": ["dot_general"],
+    }
 
 
 def test_printing_is_no_use() -> None:
@@ -361,6 +459,13 @@ def test_matrices_picked_by_an_index_are_a_stack() -> None:
     assert (table.stack_axes, table.in_axes, table.out_axes) == ((), (0,), (1, 2))
     assert (q.stack_axes, q.in_axes, q.out_axes) == ((), (0,), (1,))
     assert experts.multiply_adds == 4 * 8 * 6
+
+    def one(p: Any, x: Any, expert: Any) -> Any:
+        return x @ p["experts"][expert]
+
+    (use,) = jl.discover(one, params, jnp.ones((4, 8)), jnp.int32(1))["experts"]
+    assert (use.stack_axes, use.in_axes, use.out_axes) == ((0,), (1,), (2,))
+    assert use.multiply_adds == 4 * 8 * 6
 
 
 def test_a_sum_is_a_weight_only_with_a_term_that_no_input_reaches() -> None:

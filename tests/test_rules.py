@@ -352,6 +352,33 @@ def test_an_error_in_a_predicate_names_the_parameter() -> None:
 # ------------------------------------------------------------------------- what is a mistake
 
 
+def test_a_pattern_of_what_parameters_are_below_says_what_to_write() -> None:
+    """As of a Flax NNX state, whose kernels are at ``.../kernel/value``."""
+
+    def model(params: Any, x: Any) -> Any:
+        for layer in params.values():
+            x = x @ layer["kernel"]["value"]
+        return x
+
+    params = {name: {"kernel": {"value": jnp.zeros((8, 8))}} for name in ("l1", "l2")}
+    config = jl.LoraConfig(
+        rank=2, targets=("**/kernel", "re:.*1/kernel", "l2", "**/kernal"), exclude=("l1/kernel",)
+    )
+    with pytest.raises(jl.TargetError) as error:
+        jl.plan(model, params, jnp.zeros((3, 8)), config=config)
+    asked, found = str(error.value).splitlines()[1:], "matches no parameter"
+    below = "(parameters are below; write "
+    assert asked == [
+        f"  targets[0] '**/kernel' {found} {below}'**/kernel/value')",
+        f"  targets[1] 're:.*1/kernel' {found} {below}'re:.*1/kernel/value')",
+        f"  targets[2] 'l2' {found} {below}'l2/**')",
+        f"  targets[3] '**/kernal' {found} (nearest: 'l2/kernel/value', 'l1/kernel/value')",
+        f"  exclude[0] 'l1/kernel' {found} {below}'l1/kernel/value')",
+    ]
+    written = jl.LoraConfig(rank=2, targets="**/kernel/value")
+    assert len(jl.plan(model, params, jnp.zeros((3, 8)), config=written).targets) == 2
+
+
 def test_near_misses_of_every_rule_that_matches_nothing() -> None:
     lines = _refused("**/kernal", jl.Rule("re:heed/kernel", rank=2), "all-lineer", "all-linear")
     assert lines[0].startswith("targets[0] '**/kernal' matches no parameter (nearest: ")

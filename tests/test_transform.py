@@ -322,3 +322,16 @@ def test_arguments_of_another_type_are_refused_by_name(normal: Any) -> None:
         jl.plan(fun, params, x, config={"rank": 2})
     with pytest.raises(jl.AdapterError, match=r"expected a plan .*Plan\), got LoraConfig"):
         jl.init(jax.random.key(0), params, jl.LoraConfig())
+
+
+def test_what_is_no_function_is_refused(normal: Any) -> None:
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+    expected = r"expected a function of parameters first, such as model.apply, got dict"
+    for call in (jl.apply, lambda p: jl.plan(p, params, x), lambda p: jl.discover(p, params, x)):
+        with pytest.raises(jl.ConfigError, match=expected):
+            call(params)
+
+
+def test_a_configuration_among_the_arguments_is_refused(normal: Any) -> None:
+    with pytest.raises(jl.ConfigError, match=r"got a LoraConfig; pass config=\.\.\. by name"):
+        jl.plan(lambda p, x: x @ p["w"], {"w": normal(6, 4)}, normal(3, 6), jl.LoraConfig())

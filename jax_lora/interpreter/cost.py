@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 #: Arithmetic per byte of memory traffic that takes as long: a round number for CPUs. Accelerators
 #: have more, which speaks for what computes more and moves less.
@@ -68,6 +69,8 @@ def verdict(product: Product) -> tuple[bool, str]:
         >>> verdict(Product(inputs=65536, rows=512, fan_in=128, fan_out=128, rank=8))
         (False, 'factored, 1.1x cheaper')
     """
+    if not all(isinstance(size, numbers.Integral) for size in dataclasses.astuple(product)):
+        return False, "factored, as sizes are symbolic"
     factored, formed = product.factored, product.formed
     form = formed < factored
     ratio = max(factored, formed) / max(min(factored, formed), 1)

@@ -9,7 +9,7 @@ reshapes across in- and out-axes, products with anything but a scalar, and sums 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ def _div(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def reshape_groups(
-    old: tuple[int, ...], new: tuple[int, ...]
+    old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The smallest groups of axes that a reshape maps onto each other.
 
@@ -139,28 +139,37 @@ def reshape_groups(
     return groups
 
 
+def reshape_order(eqn: Any) -> Sequence[int]:
+    """The order in which a reshape reads its operand's axes: `vmap` of a convolution moves them."""
+    order = eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
+    return range(len(eqn.invars[0].aval.shape)) if order is None else tuple(order)
+
+
 @rule("reshape", "squeeze")
 def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight = only_first(values)
-    old, new = weight.shape, tuple(eqn.outvars[0].aval.shape)
-    if 0 in old or (eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None):
+    new = tuple(eqn.outvars[0].aval.shape)
+    if 0 in weight.shape:
         raise Unfactorable
+    moved = {i: k for k, i in enumerate(reshape_order(eqn))} | {RANK: RANK}
+    old = [weight.shape[i] for i in reshape_order(eqn)]
     groups = reshape_groups(old, new)
 
-    def reshape(factor: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, list[int]]:
-        order, sizes, labels = [axes.index(RANK)], [factor.shape[axes.index(RANK)]], [RANK]
+    def reshape(factor: jax.Array, labels: tuple[int, ...]) -> tuple[jax.Array, list[int]]:
+        axes = [moved[i] for i in labels]
+        order, sizes, after = [axes.index(RANK)], [factor.shape[axes.index(RANK)]], [RANK]
         for old_axes, new_axes in groups:
             real = [i for i in old_axes if old[i] != 1]
             held = [i for i in old_axes if i in axes]
             if real and set(real) <= set(axes):
                 order += [axes.index(i) for i in held]
                 sizes += [new[j] for j in new_axes]
-                labels += new_axes
+                after += new_axes
             elif real and held:
                 raise Unfactorable  # a group that is split between the two factors
             else:
                 order += [axes.index(i) for i in held]  # axes of size 1 vanish in the reshape
-        return jnp.transpose(factor, order).reshape(sizes), labels
+        return jnp.transpose(factor, order).reshape(sizes), after
 
     (w,) = evaluate_one(eqn, [weight.w])
     return [weight.map_parts(w, reshape)]
@@ -245,8 +254,8 @@ def _add(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     left, right = values
     if isinstance(left, LoraWeight) == isinstance(right, LoraWeight):
         raise Unfactorable
-    weight, term = (left, right) if isinstance(left, LoraWeight) else (right, left)
-    if jnp.shape(term) != weight.shape or weight.gain is not None:
+    weight = left if isinstance(left, LoraWeight) else right
+    if eqn.outvars[0].aval.shape != weight.shape or weight.gain is not None:
         raise Unfactorable
     (w,) = evaluate_one(eqn, [v.w if isinstance(v, LoraWeight) else v for v in values])
     negative = eqn.primitive.name == "sub" and weight is right

@@ -399,6 +399,13 @@ def test_a_function_called_twice_is_one_inner_function(normal: Any, planned: Any
     assert jits[0].params["jaxpr"] is jits[1].params["jaxpr"]
 
 
+def test_weights_that_a_scan_returns_leak_no_tracers(normal: Any, planned: Any) -> None:
+    params, x = {"w": normal(3, 4, 4)}, normal(5, 4)
+    adapter = planned(_stacked_output, params, x)
+    with jax.checking_leaks():
+        jax.make_jaxpr(jl.apply(_stacked_output, strict=True))(params, adapter, x)
+
+
 def test_jit_shardings_are_kept(normal: Any, planned: Any, check_dense: Any) -> None:
     mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
     by_row = NamedSharding(mesh, PartitionSpec("d", None))

@@ -129,6 +129,29 @@ class Ensemble(nn.Module):
         return dense(5, name="members")(x)
 
 
+class ConvolutionalEnsemble(nn.Module):
+    """Convolutions side by side, each of its own input: to JAX one convolution by groups."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        convolution = nn.vmap(
+            nn.Conv, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=2
+        )
+        return convolution(5, (3, 3), name="members")(x)
+
+
+class Changed(nn.Module):
+    """Weights that the model changes before it multiplies with them."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        mask = jnp.asarray(np.arange(3 * 6 * 7).reshape(3, 6, 7) % 3 > 0, jnp.float32)
+        x = nn.Conv(7, (3,), mask=mask, name="masked")(x)
+        x = nn.WeightNorm(nn.Dense(9, name="normalised"))(x)[:, 0]
+        cell = nn.OptimizedLSTMCell(5, name="cell")  # it concatenates the kernels of its gates
+        return cell((x[:, :5], x[:, 4:]), x)[1]
+
+
 IDS = np.array([[3, 0, 10], [7, 7, 1]], np.int32)
 MODELS: dict[str, tuple[Any, Any, list[str]]] = {
     "dense": (nn.Dense(5), (4, 6), ["kernel"]),
@@ -161,6 +184,7 @@ MODELS: dict[str, tuple[Any, Any, list[str]]] = {
     ),
     "ensemble": (Ensemble(), (4, 7), ["members/kernel"]),
     "ensemble, an input each": (Ensemble(shared_input=False), (4, 7), ["members/kernel"]),
+    "ensemble of convolutions": (ConvolutionalEnsemble(), (2, 3, 6, 6, 4), ["members/kernel"]),
 }
 
 
@@ -178,6 +202,15 @@ def test_models(name: str, normal: Any, check_model: Any, factored: Any, drawn: 
         assert {f.layout.stack_axes for f in adapter.values()} == {(axis,)}
     if name == "ensemble, an input each":
         assert adapter["params/members/kernel"].layout.stack_axes == (0,)
+
+
+def test_changed_weights(normal: Any, check_model: Any, drawn: Any) -> None:
+    model, x = Changed(), normal(4, 3, 6)
+    variables = drawn(jax.eval_shape(lambda: model.init(KEY, x)))
+    gates = [f"{side}{gate}" for side in "hi" for gate in "figo"]
+    sites = {f"params/cell/{gate}/kernel": ("concatenate",) for gate in gates}
+    sites |= {"params/masked/kernel": ("mul",), "params/normalised/kernel": ("mul",)}
+    check_model(model.apply, variables, x, sites=sites)
 
 
 def test_lstm(normal: Any, check_model: Any, factored: Any, drawn: Any) -> None:

@@ -254,6 +254,28 @@ def test_export(normal: Any, planned: Any) -> None:
     np.testing.assert_allclose(restored.call(params, other, x), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["factored", "auto"])
+def test_export_for_any_batch(mode: Any, normal: Any, planned: Any) -> None:
+    def fun(p: Any, x: Any) -> Any:
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    params, x = {"w": normal(8, 6), "v": normal(6, 5)}, normal(4, 8)
+    adapter = planned(fun, params, x)
+    leaves, treedef = jax.tree.flatten(adapter)
+
+    def flat(params: Any, leaves: Any, x: Any) -> Any:
+        return jl.apply(fun, strict=True, mode=mode)(params, treedef.unflatten(leaves), x)
+
+    (n,) = export.symbolic_shape("n")
+    any_batch = jax.ShapeDtypeStruct((n, 8), x.dtype)
+    exported = export.export(jax.jit(flat))(params, leaves, any_batch)
+    for rows in (x, x[:3]):
+        want = jl.apply(fun)(params, adapter, rows)
+        np.testing.assert_allclose(exported.call(params, leaves, rows), want, rtol=0, atol=1e-6)
+    with pytest.raises(jl.ConfigError, match=r"sizes are numbers, got one of shape \(n, 8\)"):
+        jl.plan(fun, params, any_batch)
+
+
 def test_donated_buffers(normal: Any, planned: Any) -> None:
     def fun(p: Any, x: Any) -> Any:
         return x @ p["w"]
