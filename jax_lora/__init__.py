@@ -52,12 +52,13 @@ if TYPE_CHECKING:
     from jax_lora import optim as optim
     from jax_lora import peft as peft
     from jax_lora import serving as serving
+    from jax_lora import sweep as sweep
     from jax_lora import training as training
 
 __version__ = "0.1.0"
 
 # These need optax or orbax, which take longer to import than all the rest: loaded at first use.
-_LAZY = ("io", "optim", "peft", "serving", "training")
+_LAZY = ("io", "optim", "peft", "serving", "sweep", "training")
 
 
 def __getattr__(name: str) -> Any:

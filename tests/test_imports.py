@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "apply_bank discover",
         "selection peft",
         "plan summary serving",
-        "from_data",
+        "from_data sweep",
     )
 )
 FACADE = "jax_lora"

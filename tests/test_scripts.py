@@ -141,6 +141,34 @@ class TestInTurn:
             assert f"{number:,}" in out
 
 
+SWEEP = (*DIGITS, "--epochs", "2", "--batch-size", "64", "--learning-rate", "0.02")
+
+
+class TestSweep:
+    def test_each_trial_is_what_finetuning_gives_and_the_best_is_saved(
+        self, saved: Path, tmp_path: Path, run: Run
+    ) -> None:
+        arguments = ("--base", saved / "base", *SWEEP, "--ranks", 2, 3, "--num-seeds", 2)
+        code, out, err = run("sweep", *arguments, "--order", "own", "--out", tmp_path / "sweep")
+        assert (code, err) == (0, "")
+        assert (tmp_path / "sweep" / "table.txt").read_text() in out
+        names = {path.name for path in (tmp_path / "sweep").iterdir()}
+        assert names == {"best", "curves.png", "hyperparameters.png", "sweep.json", "table.txt"}
+        found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+        runs = {(run["trial"]["rank"], run["trial"]["seed"]): run for run in found["trials"]}
+        final = {name: run["metrics"]["accuracy"][-1] for name, run in runs.items()}
+        assert set(final) == {(2, 0), (2, 1), (3, 0), (3, 1)}
+
+        best = tmp_path / "sweep" / "best"
+        code, out, _ = run("evaluate", "--base", saved / "base", "--adapter", best)
+        assert code == 0
+        assert accuracy_in(out) == pytest.approx(max(final.values()), abs=0.51e-4)
+
+        _, _, alone = jl.io.load_adapter(saved / "lora")  # rank 3, seed 0
+        # Summed in another order: an image on the edge between two classes may turn.
+        assert final[3, 0] == pytest.approx(alone["accuracy"], abs=1.5 / 360)
+
+
 def test_summary_prints_the_articles_numbers(run: Run) -> None:
     code, out, err = run("summary")
     assert (code, err) == (0, "")

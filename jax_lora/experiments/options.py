@@ -33,6 +33,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "save_every_minutes": (0, _NO_LIMIT),
     "keep": (1, _NO_LIMIT),
     "requests": (1, _NO_LIMIT),
+    "slots": (1, _NO_LIMIT),
 }
 
 
@@ -74,8 +75,8 @@ class DataOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(Options):
-    """How it is learned.
+class SgdOptions(Options):
+    """How far and how fast it is learned.
 
     Attributes:
         seed: Everything random derives from it.
@@ -84,9 +85,6 @@ class TrainOptions(Options):
         learning_rate: The learning rate.
         momentum: The momentum of SGD.
         weight_decay: L2 regularisation of the trained parameters, as in torch's SGD.
-        parallel: Split each batch over the devices with jit and a mesh, or with pmap.
-        num_devices: How many devices; by default as many local ones as can share a batch.
-        stream: Feed batches from the host in chunks, as for data that does not fit on the device.
     """
 
     seed: int = 0
@@ -95,16 +93,33 @@ class TrainOptions(Options):
     learning_rate: float = 0.001
     momentum: float = 0.9
     weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(SgdOptions):
+    """How it is learned.
+
+    Attributes:
+        parallel: Split each batch over the devices with jit and a mesh, or with pmap.
+        num_devices: How many devices; by default as many local ones as can share a batch.
+        stream: Feed batches from the host in chunks, as for data that does not fit on the device.
+    """
+
     parallel: Literal["jit", "pmap"] = "jit"
     num_devices: int | None = None
     stream: bool = False
 
     def optimizer(self) -> optax.GradientTransformation:
         """SGD with momentum, as torch has it."""
-        sgd = optax.sgd(self.learning_rate, momentum=self.momentum or None)
-        if not self.weight_decay:
-            return sgd
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
+        return sgd(self.learning_rate, self.momentum, self.weight_decay or None)
+
+
+def sgd(learning_rate: Any, momentum: float, weight_decay: Any) -> optax.GradientTransformation:
+    """SGD with momentum, as torch has it; rate and decay may be traced, no decay is None."""
+    steps = optax.sgd(learning_rate, momentum=momentum or None)
+    if weight_decay is None:
+        return steps
+    return optax.chain(optax.add_decayed_weights(weight_decay), steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from jax_lora.experiments.options import describe
 from jax_lora.experiments.phases import check_lora, finetune, load_data, pretrain
 
 #: Options that name places on one machine, and say nothing to the reader of the numbers.
-_PLACES = {"out", "data_dir", "archive", "cache_dir"}
+PLACES = {"out", "data_dir", "archive", "cache_dir"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def run_seeds(options: Seeds) -> dict[str, Any]:
         )
     results = {
         "dataset": dataset.name,
-        "config": {k: v for k, v in describe(options).items() if k not in _PLACES},
+        "config": {k: v for k, v in describe(options).items() if k not in PLACES},
         "runs": runs,
         "versions": environment.versions(),
         "hardware": environment.hardware(),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_lora.report.charts import INK, style_axes
 from jax_lora.report.extras import import_extra
 from jax_lora.report.results import (
     CURVE_KEYS,
@@ -101,7 +102,6 @@ def _draw(
     agg = import_extra("matplotlib.backends.backend_agg")
     ticker = import_extra("matplotlib.ticker")
 
-    ink, pale = "#333333", "#d9d9d9"
     figure = figure_module.Figure(figsize=(8, 5), dpi=150, facecolor="white")
     canvas = agg.FigureCanvasAgg(figure)
     axes = figure.add_axes((0.085, 0.12, 0.785, 0.75), facecolor="white")
@@ -153,15 +153,10 @@ def _draw(
             zorder=2.5,  # over the dashed lines, under the run's own
         )
 
-    figure.text(0.085, 0.94, title, color=ink, fontsize=14, fontweight="bold", va="center")
+    figure.text(0.085, 0.94, title, color=INK, fontsize=14, fontweight="bold", va="center")
     figure.text(0.085, 0.897, note, color="#666666", fontsize=10, va="center")
-    axes.set_xlabel("epoch of the phase", color=ink, fontsize=11)
-    axes.set_ylabel(y_label, color=ink, fontsize=11)
+    axes.set_xlabel("epoch of the phase", color=INK, fontsize=11)
+    axes.set_ylabel(y_label, color=INK, fontsize=11)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.tick_params(colors=ink, labelsize=10, length=3)
-    axes.grid(visible=True, axis="y", color=pale, linewidth=0.7, linestyle="-")
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#999999")
+    style_axes(axes)
     canvas.print_png(str(path))

@@ -1,0 +1,1 @@
+"""The article's claims, measured: each part gives JSON-able numbers, `pages` writes them up."""
