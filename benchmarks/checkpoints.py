@@ -10,23 +10,17 @@ with its asynchronous checkpointer save while the training goes on:
   undisturbed, the call included: on a CPU the thread that writes competes with them;
 * `whole` is how long it took from the call until the checkpoint was whole.
 
-Then each is restored. `Checkpoints` also has checksums of every array, made and checked. Nothing is
-asserted about times: they are printed beside what is expected.
-
-Usage:
-    python benchmarks/checkpoints.py --save benchmarks/results/checkpoints-cpu.json
-    python benchmarks/checkpoints.py --quick
+Then each is restored. `Checkpoints` also has checksums of every array, made and checked. Both must
+give back the bits that were saved, although the next step has reused their memory.
 """
 
-import argparse
+from __future__ import annotations
+
 import dataclasses
-import itertools
-import json
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +31,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import jax_lora as jl
-from jax_lora.experiments.environment import hardware, versions
+from benchmarks.harness import Disagreement, Options, Report, Row, Sample, say, table, take_turns
 
 #: What we mean to stay within: 5 % of a second.
 TARGET_BLOCKED_S = 0.05
@@ -56,6 +50,20 @@ class Sizes:
 
 
 QUICK = Sizes(layers=3, kinds=2, width=8, rank=2, batch=4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointsOptions(Options):
+    """Saving and restoring a training beside which it goes on.
+
+    Attributes:
+        steps: Undisturbed steps before each save, to compare with.
+    """
+
+    steps: int = 10
+
+
+DEFAULTS = CheckpointsOptions()
 
 
 def scanned(params: Any, x: jax.Array) -> jax.Array:
@@ -212,95 +220,94 @@ class Orbax:
 WRITERS: dict[str, Callable[[Training, Path], Any]] = {OURS: Ours, ORBAX: Orbax}
 
 
-def measure(training: Training, turns: int, steps: int) -> dict[str, Any]:
-    """Seconds of each writer's saves and restores, those of the first save apart."""
-    kinds = ("blocked_s", "lost_s", "whole_s", "restore_s")
-    found: dict[str, dict[str, list[float]]] = {w: {k: [] for k in kinds} for w in WRITERS}
+def bits(arrays: Any) -> list[bytes]:
+    """Those of each array, in no order: the writers have their own."""
+    return sorted(np.asarray(array).tobytes() for array in arrays)
+
+
+def check(training: Training, writer: Any, name: str) -> None:
+    """Save, train on, restore.
+
+    Raises:
+        Disagreement: What is restored is not what was saved.
+    """
+    expected = bits(training.leaves)
+    writer.save(1)
+    training.step()  # reuses the memory of what is saved
+    writer.wait()
+    if bits(training.leaves) == expected:
+        raise Disagreement("expected a step to change what is trained, got the same bits")
+    if bits(jax.tree.leaves(writer.restore())) != expected:
+        raise Disagreement(f"{name}: expected the bits that were saved, got others")
+
+
+class Save:
+    """One writer that saves and restores, again and again."""
+
+    def __init__(self, training: Training, writer: Any, steps: int):
+        self._training, self._writer, self._steps, self._saved = training, writer, steps, 1
+
+    def __call__(self) -> Sample:
+        """Once; returns the seconds of each part."""
+        training, writer = self._training, self._writer
+        undisturbed = statistics.median(training.step() for _ in range(self._steps))
+        self._saved += 1
+        start = time.perf_counter()
+        writer.save(self._saved)
+        blocked = time.perf_counter() - start
+        beside = list(self._steps_while_busy())
+        writer.wait()
+        whole = time.perf_counter() - start
+        start = time.perf_counter()
+        jax.block_until_ready(writer.restore())
+        restore = time.perf_counter() - start
+        lost = blocked + sum(beside) - len(beside) * undisturbed
+        return {"blocked_s": blocked, "lost_s": lost, "whole_s": whole, "restore_s": restore}
+
+    def _steps_while_busy(self) -> Iterator[float]:
+        while self._writer.busy:
+            yield self._training.step()
+
+
+def measure(model: str, options: CheckpointsOptions, quick: bool) -> list[Row]:
+    """Checks and measures both writers on one model."""
+    training = Training(model, QUICK if quick else Sizes())
+    training.step()
+    size = sum(leaf.nbytes for leaf in training.leaves)
+    counts = {"arrays": float(len(training.leaves)), "bytes": float(size)}
+    samples: dict[str, Any] = {name: {} for name in WRITERS}
     with tempfile.TemporaryDirectory() as folder:
-        writers = {
-            name: make(training, Path(folder) / str(k))
-            for k, (name, make) in enumerate(WRITERS.items())
-        }
-        for turn, (name, writer) in itertools.product(range(turns + 1), writers.items()):
-            undisturbed = statistics.median(training.step() for _ in range(steps))
-            start = time.perf_counter()
-            writer.save(turn + 1)
-            blocked = time.perf_counter() - start
-            beside = list(_steps_while(training, writer))
-            writer.wait()
-            whole = time.perf_counter() - start
-            start = time.perf_counter()
-            jax.block_until_ready(writer.restore())
-            restore = time.perf_counter() - start
-            lost = blocked + sum(beside) - len(beside) * undisturbed
-            for kind, value in zip(kinds, (blocked, lost, whole, restore), strict=True):
-                found[name][kind].append(value)
+        places = {name: Path(folder) / str(k) for k, name in enumerate(WRITERS)}
+        writers = {name: make(training, places[name]) for name, make in WRITERS.items()}
+        for name, writer in writers.items():
+            check(training, writer, name)
+        if not quick:
+            saves: dict[str, Callable[[], Sample]] = {
+                name: Save(training, writer, options.steps) for name, writer in writers.items()
+            }
+            samples = take_turns(saves, options.repeats)
         for writer in writers.values():
             writer.close()
-    return {
-        name: {kind: {"first": v[0], "later": v[1:]} for kind, v in values.items()}
-        for name, values in found.items()
-    }
+    case = f"{counts['arrays']:,.0f} arrays"
+    say(f"checkpoints: {case}, {size / 1e6:.1f} MB")
+    return [Row(case, name, samples[name], counts, 0.0) for name in WRITERS]
 
 
-def _steps_while(training: Training, writer: Any) -> Iterator[float]:
-    while writer.busy:
-        yield training.step()
+def run(options: CheckpointsOptions, quick: bool) -> Report:
+    """Checks and measures both models."""
+    rows = [row for model in MODELS for row in measure(model, options, quick)]
+    return Report(rows, {"target_blocked_s": TARGET_BLOCKED_S})
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Medians of the later saves, and the largest, in milliseconds."""
-    lines = ["| state | writer | blocked | lost | whole | restore |", "|" + " --- |" * 6]
-    for result in results:
-        for name, values in result["writers"].items():
-            cells = [f"{result['model']}, {result['arrays']} arrays", name]
-            for value in values.values():
-                middle, most = statistics.median(value["later"]), max(value["later"])
-                cells.append(f"{1e3 * middle:.0f} ms (at most {1e3 * most:.0f})")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measures, prints, saves if asked, and returns what was measured."""
-    parser = argparse.ArgumentParser(description="What saving a 100 MB adapter state costs.")
-    parser.add_argument("--turns", type=int, default=7, help="saves that are counted")
-    parser.add_argument("--steps", type=int, default=10, help="undisturbed steps before each save")
-    parser.add_argument("--quick", action="store_true", help="a tiny state, to see that it works")
-    parser.add_argument("--save", type=Path, help="JSON file for all times")
-    args = parser.parse_args(argv)
-    load = round(os.getloadavg()[0], 2)
-    machine, found = hardware() | {"load_average_before": load}, versions()
-    print(", ".join(f"{key} {value}" for key, value in (machine | found).items()), flush=True)
-    results: list[dict[str, Any]] = []
-    for model in MODELS:
-        training = Training(model, QUICK if args.quick else Sizes())
-        training.step()
-        results.append(
-            {
-                "model": model,
-                "arrays": len(training.leaves),
-                "megabytes": sum(leaf.nbytes for leaf in training.leaves) / 1e6,
-                "step_s": statistics.median(training.step() for _ in range(args.steps)),
-                "writers": measure(training, args.turns, args.steps),
-            }
+def tables(report: Report) -> dict[str, str]:
+    """Medians, and what the call takes at most."""
+    heads = ["state", "writer", "blocked", "blocked, at most", "lost", "until whole", "restore"]
+    lines = []
+    for row in report.rows:
+        blocked, lost, whole, restore = (
+            row.median(f"{kind}_s") for kind in ("blocked", "lost", "whole", "restore")
         )
-        print(f"{model}: {results[-1]['megabytes']:.1f} MB", flush=True)
-    print("\n" + table(results) + "\n")
-    for result in results:
-        got = statistics.median(result["writers"][OURS]["blocked_s"]["later"])
-        verdict = "reached" if got <= TARGET_BLOCKED_S else "missed"
-        print(
-            f"blocked, {result['model']}: expected at most {TARGET_BLOCKED_S * 1e3:.0f} ms, got "
-            f"{got * 1e3:.1f} ms: {verdict}"
-        )
-    if args.save is not None:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"hardware": machine, "versions": found, "results": results}
-        args.save.write_text(json.dumps(saved, indent=2) + "\n")
-        print(f"saved to {args.save}")
-    return results
-
-
-if __name__ == "__main__":
-    main()
+        most = f"{1e3 * max(row.samples['blocked_s']):.0f} ms"
+        cells = [row.case, row.program, f"{1e3 * blocked:.0f} ms", most]
+        lines.append([*cells, *(f"{seconds:.1f} s" for seconds in (lost, whole, restore))])
+    return {"checkpoints": table(heads, lines)}

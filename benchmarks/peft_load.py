@@ -4,21 +4,13 @@ Seven modules in each of 72 layers (48 for DoRA) have 1,008 tensors, as PEFT wri
 parameters that have torch's names, and into stacked ones, as a scan has them. The base is shapes
 alone but for DoRA, whose norms it needs. Beside it stands what reading the file with numpy takes,
 which is the least. The first call of a process, with what it compiles, is shown apart.
-
-Usage:
-    python benchmarks/peft_load.py --save benchmarks/results/peft-load-cpu.json
-    python benchmarks/peft_load.py --layers 2 --width 32 --repeats 1
-
-Expected: less than a second to load, also for the first call.
 """
 
-import argparse
+from __future__ import annotations
+
+import dataclasses
 import json
-import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_lora as jl
-from jax_lora.experiments.environment import hardware, versions
+from benchmarks.harness import (
+    Disagreement,
+    Options,
+    Report,
+    Row,
+    Sample,
+    Samples,
+    table,
+    take_turns,
+)
+from benchmarks.machine import seconds
 from jax_lora.peft.tensors import TensorFile, write_tensors
 
+#: What loading shall stay below, also for the first time.
 TARGET_S = 1.0
 RANK = 16
 MODULES = (
@@ -38,6 +41,22 @@ MODULES = (
 )
 FLAT, STACKED = "one parameter each", "stacked layers"
 CASES = ("lora", "patterns", "dora")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftLoadOptions(Options):
+    """Loading an adapter of PEFT with a thousand tensors.
+
+    Attributes:
+        layers: Layers, of seven modules each.
+        width: Inputs and outputs of each module.
+    """
+
+    layers: int = 72
+    width: int = 512
+
+
+DEFAULTS = PeftLoadOptions()
 
 
 def make_folder(folder: Path, layers: int, width: int, case: str) -> int:
@@ -87,97 +106,80 @@ def make_base(layers: int, width: int, how: str, case: str) -> tuple[Any, list[j
     return base, [jl.peft.Name("{name}", "{name}", "linear", "oi")]
 
 
-def seconds(fun: Callable[[], Any]) -> float:
-    """The wall time of a call, until its arrays are there."""
-    start = time.perf_counter()
-    jax.block_until_ready(fun())
-    return time.perf_counter() - start
+class Folder:
+    """One adapter, to be loaded into one kind of parameters and written again."""
+
+    def __init__(self, folder: Path, base: Any, names: list[jl.peft.Name]):
+        self._folder, self._base, self._names = folder, base, names
+        self.first_load_s = seconds(self.load)
+        self._adapter = self.load()
+
+    def load(self) -> jl.Adapter:
+        """The adapter."""
+        return jax.block_until_ready(jl.peft.load(self._folder, self._base, self._names).adapter)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Every tensor, and nothing done with it."""
+        return tensors_of(self._folder)
+
+    def save(self, out: Path) -> None:
+        """Write it."""
+        jl.peft.save(out, self._adapter, self._base, self._names)
+
+    def check(self) -> None:
+        """Write it and read that.
+
+        Raises:
+            Disagreement: The tensors are not those that were loaded.
+        """
+        with tempfile.TemporaryDirectory(dir=self._folder.parent) as out:
+            self.save(Path(out) / "adapter")
+            written = tensors_of(Path(out) / "adapter")
+        bits = [{n: x.tobytes() for n, x in found.items()} for found in (self.read(), written)]
+        if bits[0] != bits[1]:
+            raise Disagreement(f"{self._folder}: expected the tensors that were read, got others")
+
+    def __call__(self) -> Sample:
+        """Everything once; returns the seconds of each."""
+        with tempfile.TemporaryDirectory(dir=self._folder.parent) as out:
+            return {
+                "load_s": seconds(self.load),
+                "read_s": seconds(self.read),
+                "save_s": seconds(lambda: self.save(Path(out) / "adapter")),
+            }
 
 
-def read_all(folder: Path) -> list[np.ndarray]:
-    """Every tensor, and nothing done with it."""
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder by name."""
     file = TensorFile.open(folder / "adapter_model.safetensors")
-    return [file.read(name) for name in file.tensors]
+    return {name: file.read(name) for name in file.tensors}
 
 
-def measure(layers: int, width: int, repeats: int) -> list[dict[str, Any]]:
-    """The times of every case and kind of parameters, in seconds."""
-    results = []
+def run(options: PeftLoadOptions, quick: bool) -> Report:
+    """Checks and measures every case and kind of parameters."""
+    layers, width = (3, 16) if quick else (options.layers, options.width)
+    rows = []
     with tempfile.TemporaryDirectory() as where:
         for case in CASES:
-            folder = Path(where) / case
             depth = 2 * layers // 3 if case == "dora" else layers  # of three tensors each
-            count = make_folder(folder, depth, width, case)
+            count = make_folder(Path(where) / case, depth, width, case)
             for how in (FLAT, STACKED):
-                base, names = make_base(depth, width, how, case)
-                found = {"case": case, "parameters": how, "tensors": count}
-                results.append(found | measure_one(folder, base, names, repeats))
-    return results
+                folder = Folder(Path(where) / case, *make_base(depth, width, how, case))
+                folder.check()
+                samples: Samples = {}
+                if not quick:
+                    samples = take_turns({case: folder}, options.repeats)[case]
+                counts = {"tensors": float(count), "first_load_s": folder.first_load_s}
+                rows.append(Row(f"{case}, {how}", "jax_lora", samples, counts, 0.0))
+    return Report(rows, {"target_load_s": TARGET_S})
 
 
-def measure_one(folder: Path, base: Any, names: list[jl.peft.Name], repeats: int) -> dict[str, Any]:
-    """The times of one folder for one base."""
-
-    def load() -> jl.Adapter:
-        return jl.peft.load(folder, base, names).adapter
-
-    def save() -> None:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-            jl.peft.save(Path(out) / "adapter", adapter, base, names)
-
-    first = seconds(load)
-    adapter = load()
-    loads, reads, saves = [], [], []
-    for _ in range(repeats):
-        loads.append(seconds(load))
-        reads.append(seconds(lambda: read_all(folder)))
-        saves.append(seconds(save))
-    medians = zip(("load_s", "read_s", "save_s"), (loads, reads, saves), strict=True)
-    found: dict[str, Any] = {name: statistics.median(times) for name, times in medians}
-    return found | {"first_load_s": first, "loads_s": loads}
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """The times as a table of Markdown."""
-    lines = [
-        "| adapter | parameters | tensors | first load | load | reading alone | save |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for x in results:
-        times = (f"{x[name]:.2f} s" for name in ("first_load_s", "load_s", "read_s", "save_s"))
-        cells = [x["case"], x["parameters"], f"{x['tensors']:,}", *times]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measures, prints, saves if asked, and returns what was measured."""
-    parser = argparse.ArgumentParser(description="Loading an adapter of PEFT.")
-    parser.add_argument("--layers", type=int, default=72)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--save", type=Path, help="JSON file for all times")
-    args = parser.parse_args(argv)
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    machine, found = hardware() | {"load_average_before": load}, versions()
-    print(", ".join(f"{key} {value}" for key, value in (machine | found).items()), flush=True)
-    results = measure(args.layers, args.width, args.repeats)
-    print(table(results))
-    worst = max(max(x["first_load_s"], x["load_s"]) for x in results)
-    verdict = "reached" if worst < TARGET_S else "missed"
-    print(f"expected less than {TARGET_S} s to load, got at most {worst:.2f}: {verdict}")
-    if args.save is not None:
-        saved = {
-            "hardware": machine,
-            "versions": found,
-            "settings": {"layers": args.layers, "width": args.width, "repeats": args.repeats},
-            "expected": {"load_s": TARGET_S},
-            "results": results,
-        }
-        args.save.write_text(json.dumps(saved, indent=2) + "\n")
-        print(f"saved to {args.save}")
-    return results
-
-
-if __name__ == "__main__":
-    main()
+def tables(report: Report) -> dict[str, str]:
+    """The times."""
+    heads = ["adapter", "tensors", "first load", "load", "reading alone", "save"]
+    lines = []
+    for row in report.rows:
+        times = [row.counts["first_load_s"], *map(row.median, ("load_s", "read_s", "save_s"))]
+        cells = (f"{time:.2f} s" for time in times)
+        lines.append([row.case, f"{row.counts['tensors']:,.0f}", *cells])
+    return {"peft_load": table(heads, lines)}

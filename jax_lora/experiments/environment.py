@@ -13,10 +13,10 @@ import jax
 _PACKAGES = ("jax_lora", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that compute."""
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python, of the packages that compute, and of more packages."""
     found = {"python": platform.python_version()}
-    for package in (*_PACKAGES, "tensorflow-datasets"):
+    for package in (*_PACKAGES, "tensorflow-datasets", *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

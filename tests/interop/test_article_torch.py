@@ -1,6 +1,6 @@
 """The article's PyTorch program, on its own: sizes, initialisation, freezing, data, a tiny run."""
 
-import importlib.util
+import importlib
 import json
 import math
 import subprocess
@@ -14,20 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "article_pytorch.py"
+ROOT = Path(__file__).parents[2]
+PROGRAM = "benchmarks.peers.article_pytorch"
 
 
 @pytest.fixture(scope="module")
 def article() -> ModuleType:
-    """The program as a module; benchmarks/ is no package, so it is loaded from its file."""
-    spec = importlib.util.spec_from_file_location("article_pytorch", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its own module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """The program as a module, imported only where PyTorch is."""
+    return importlib.import_module(PROGRAM)
 
 
 @pytest.fixture(autouse=True)
@@ -220,8 +214,10 @@ def test_program_end_to_end(tmp_path, variant, form):
             np.save(data / f"{name}.npy", array)
     out = tmp_path / "new" / "results.json"
     options = ["--data", data, "--out", out, "--epochs", "2", "--seed", "3", "--variant", variant]
-    command = [sys.executable, PROGRAM, *map(str, options)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", PROGRAM, *map(str, options)]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stderr
     results = json.loads(out.read_text())
     for phase in ("base", "lora"):

@@ -11,10 +11,8 @@ weight.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +29,6 @@ from jax_lora.training import TrainState, epoch_over_arrays, train_step
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "article_pytorch.py"
 SIZES = ((3072, 128), (128, 128), (128, 10))
 RANK, STEPS, BATCH, LAST = 32, 50, 32, 16
 EXAMPLES = (STEPS - 1) * BATCH + LAST
@@ -44,13 +41,7 @@ ADAPTED = jl.apply(MODEL.apply)
 
 @pytest.fixture(scope="module")
 def article() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("article_pytorch_for_parity", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.peers.article_pytorch")
 
 
 @pytest.fixture(scope="module")
