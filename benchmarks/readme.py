@@ -15,7 +15,7 @@ from benchmarks.cli import BENCHMARKS, RESULTS
 from benchmarks.harness import Report
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "docs/checkpoints.md")
 _BLOCK = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

@@ -33,7 +33,7 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 6  # the last in tests/peft/test_readme.py
+    assert len(blocks) == 7  # the last in tests/peft/test_readme.py
     # optax.adam itself mixes dtypes, which the strict promotion of these tests refuses.
     with jax.numpy_dtype_promotion("standard"):
         exec(blocks[0], names)
@@ -65,11 +65,26 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
         "params/l2/kernel": ("lora", 8, 0.0),
         "params/l2/bias": ("full", 0, 0.0),
     }
-    check_bank(names | trained, blocks[3])
-    check_training(names | trained, blocks[4], tmp_path / "my-run")
+    check_sweep(names | trained, blocks[3])
+    check_bank(names | trained, blocks[4])
+    check_training(names | trained, blocks[5], tmp_path / "my-run")
     base = model.apply(params, x)
     for fresh in (adapter, names["noisy"]):
         np.testing.assert_array_equal(jl.apply(model.apply)(params, fresh, x), base)
+
+
+def check_sweep(names, block):
+    """All combinations were trained at the same time, and the best of them was saved."""
+    with jax.numpy_dtype_promotion("standard"):  # for optax.adam, as above
+        exec(block, names)
+    results = names["results"]
+    assert len(results) == 2 * 2 * 3
+    assert results.compilations == 1
+    last = [outcome.loss[-1] for outcome in results]
+    assert results.best.loss[-1] == min(last) < max(last)
+    found, config, _ = jl.io.load_adapter("best", names["params"])
+    assert config.rank == results.best.trial["rank"]
+    jax.tree.map(np.testing.assert_array_equal, found, results.best.adapter)
 
 
 def check_bank(names, block):

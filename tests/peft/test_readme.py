@@ -1,4 +1,4 @@
-"""The README's lines about PEFT run as they stand."""
+"""The lines about PEFT in the README and in docs/ run as they stand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax_lora.peft.weights import open_weights
 from tests.peft.small import NAMES, P, World, write
 
 README = Path(__file__).parents[2] / "README.md"
+PAGE = README.parent / "docs" / "peft.md"
 SECTION = README.read_text().split("## Adapters of Hugging Face PEFT")[1].split("## How it")[0]
 
 
@@ -61,7 +62,7 @@ def test_the_commands(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "their-adapter", {"target_modules": ["head", "fc"]}, tensors)
     jl.peft.save_weights("their-model", world.params, NAMES, world.uses)
-    commands = re.findall(r"^    python scripts/convert\.py (.*)$", SECTION, re.MULTILINE)
+    commands = re.findall(r"^    python scripts/convert\.py (.*)$", PAGE.read_text(), re.MULTILINE)
     assert [command.split()[0] for command in commands] == [
         "to-checkpoint",
         "to-peft",
