@@ -40,11 +40,12 @@ def test_the_python_blocks_run_and_do_what_they_say(tmp_path, monkeypatch):
     trained = {name: names[name] for name in ("adapter", "plan", "opt_state")}
     adapter, plan = names["adapter"], names["plan"]
     assert set(plan.targets) == {"params/l1/kernel", "params/l2/kernel"}
-    # Adam's first step moves each b by the learning rate, as every b has a gradient; the adapter
-    # is that which has been saved and restored.
+    # Adam's first step moves each b by the learning rate, as every b has a gradient.
     assert all(float(jnp.abs(f.b).max()) > 0.9e-3 for f in adapter.values())
 
-    assert names["config"] == plan.config
+    adapter, config, _ = jl.io.load_adapter("my-adapter", params)
+    jax.tree.map(np.testing.assert_array_equal, adapter, names["adapter"])
+    assert config == plan.config
     np.testing.assert_allclose(
         model.apply(names["merged"], x),
         jl.apply(model.apply)(params, adapter, x),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +82,21 @@ def save_adapter(
     files.write(folder, document, arrays=arrays)
 
 
-def load_adapter(
-    folder: str | Path, params: Any = None, force: bool = False
-) -> tuple[Adapter, LoraConfig | None, dict[str, Any]]:
+class SavedAdapter(NamedTuple):
+    """What an adapter checkpoint holds.
+
+    Attributes:
+        adapter: The adapter, on the default device.
+        config: Its configuration, if there was one.
+        metadata: What was kept beside it.
+    """
+
+    adapter: Adapter
+    config: LoraConfig | None
+    metadata: dict[str, Any]
+
+
+def load_adapter(folder: str | Path, params: Any = None, force: bool = False) -> SavedAdapter:
     """Read what `save_adapter` wrote, or the adapter of a training checkpoint.
 
     Args:
@@ -94,7 +106,7 @@ def load_adapter(
         force: Take it although it was trained on other parameters; the shapes have to fit.
 
     Returns:
-        The adapter, on the default device; its configuration if there was one; its metadata.
+        What it holds: adapter, configuration and metadata.
 
     Raises:
         CheckpointError: There is no such checkpoint, it is damaged, or it holds something else.
@@ -112,7 +124,7 @@ def load_adapter(
             with guards.as_it_was_written(folder):
                 base = document.get("base")
                 check_base(folder, base, params, "pass force=True if you know better")
-    return adapter, config, metadata
+    return SavedAdapter(adapter, config, metadata)
 
 
 def adapter_parts(
