@@ -109,7 +109,7 @@ def run(
         ...     optimizer=lambda trial: optax.sgd(trial.learning_rate),
         ...     settings=jl.sweep.Settings(epochs=20, batch_size=2))
         >>> results.best.trial.learning_rate, results.compilations
-        (0.03, 2)
+        (0.03, 1)
 
     References:
         Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
