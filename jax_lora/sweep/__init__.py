@@ -6,7 +6,7 @@ best adapter in it.
 
 from jax_lora.sweep.results import Outcome as Outcome
 from jax_lora.sweep.results import Results as Results
-from jax_lora.sweep.run import run as run
+from jax_lora.sweep.running import run as run
 from jax_lora.sweep.settings import Halving as Halving
 from jax_lora.sweep.settings import Settings as Settings
 from jax_lora.sweep.trials import Trial as Trial
