@@ -134,6 +134,10 @@ def _slots(ids: Any, slots: int, token_axes: Any) -> jax.Array:
         )
     if not isinstance(ids, jax.core.Tracer) and (np.asarray(ids) >= slots).any():
         raise AdapterError(f"expected ids below {slots}, the number of slots; got {ids}")
+    if not ids.shape[0]:
+        raise AdapterError("expected ids of one example at least, got none")
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(np.int32)  # which, unlike an int8, holds the number of slots
     return jnp.where((ids >= 0) & (ids < slots), ids, slots).astype(jnp.int32)
 
 

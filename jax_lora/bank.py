@@ -95,9 +95,14 @@ class Bank:
 
         Raises:
             AdapterError: An entry of ``like`` has no factors.
-            ConfigError: Fewer than one slot, a rank below one, or one for a path that is not there.
+            ConfigError: Fewer than one slot, a rank below one, or one for a path that is not there;
+                a dtype that is none of floating-point numbers.
         """
         check_plain(like)
+        if not like:
+            raise AdapterError("expected an adapter of one parameter at least, got an empty one")
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ConfigError(f"expected a dtype of floating-point numbers, got dtype={dtype!r}")
         if isinstance(slots, bool) or not isinstance(slots, (int, np.integer)) or slots < 1:
             raise ConfigError(f"expected at least one slot, got slots={slots!r}")
         _refuse(f"{path}: {o}" for path, entry in like.items() if (o := obstacle(entry)))
@@ -165,11 +170,18 @@ class Bank:
             An int32 array of the names' shape.
 
         Raises:
-            AdapterError: There is no adapter of a name, with the nearest names.
+            AdapterError: There is no adapter of a name, with the nearest names; what is no name; or
+                sequences of different lengths.
         """
         if names is None or isinstance(names, str):
             return np.asarray(-1 if names is None else self.slot(names), np.int32)
-        return np.asarray([self.ids(name) for name in names], np.int32)
+        if not isinstance(names, (Sequence, np.ndarray)) or isinstance(names, bytes):
+            raise AdapterError(f"expected names, None, or sequences of these; got {names!r}")
+        found = [self.ids(name) for name in names]
+        shapes = sorted({ids.shape for ids in found})
+        if len(shapes) > 1:
+            raise AdapterError(f"expected names in sequences of one length, got shapes {shapes}")
+        return np.asarray(found, np.int32)
 
     def add(self, name: str, adapter: Adapter) -> Bank:
         """The bank with one adapter more, in a slot that was free.
@@ -334,6 +346,11 @@ class Bank:
         return {path: self.entries[path].blank() for path in self.entries}
 
     def _written(self, slot: int, arrays: Any, places: Mapping[str, _Place]) -> Bank:
+        if any(_is_gone(leaf) for leaf in jax.tree.leaves(self)):
+            raise AdapterError(
+                "expected the newest bank, got one whose memory a later one has; go on with what "
+                "add, replace and remove return"
+            )
         return Bank(_write(self.entries, np.int32(slot), arrays), places)
 
 
@@ -353,6 +370,14 @@ def _read(slots: Slots, slot: jax.Array) -> dict[str, jax.Array]:
 
 def _rank(entry: Any, arrays: Arrays) -> int:
     return int(arrays["a"].shape[len(entry.layout.stack_axes)])
+
+
+def _is_gone(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and bool(leaf.is_deleted())
+    )
 
 
 def _shapes(bank: Bank) -> Any:

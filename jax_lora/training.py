@@ -99,6 +99,9 @@ def train_step(
 
     Returns:
         The step; its metrics are ``{"loss": scalar}``.
+
+    Raises:
+        ConfigError: From the step: the loss is not one number for each example.
     """
 
     def total(x: Any) -> Any:
@@ -115,6 +118,7 @@ def train_step(
 
         def loss(trained: Any) -> jax.Array:
             losses = loss_fun(trained, state.frozen, batch.data, *keys(state))
+            _check_one_each("the loss", losses, batch)
             return (batch.weight * losses).sum() / examples
 
         value, grads = jax.value_and_grad(loss)(state.trained)
@@ -128,6 +132,20 @@ def train_step(
         return state, {"loss": total(value)}
 
     return step
+
+
+def _check_one_each(what: str, values: Any, batch: Batch) -> None:
+    """That there is one number for each example; any other shape would broadcast, padding and all.
+
+    Raises:
+        ConfigError: There is not.
+    """
+    found = getattr(values, "shape", type(values).__name__)
+    if found != batch.weight.shape:
+        raise ConfigError(
+            f"expected {what} of each example, of shape {batch.weight.shape}, got {found}; "
+            "return it before any mean over the batch"
+        )
 
 
 def _fold_in_index(key: jax.Array, axis_name: str) -> jax.Array:
@@ -251,11 +269,16 @@ def evaluate(
 
     Returns:
         A float32 scalar for each metric.
+
+    Raises:
+        ConfigError: A metric is not one number for each example.
     """
 
     def body(carry: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[Any, jax.Array]]:
         batch = _gather(arrays, *xs)
         values = metric_fun(trained, frozen, batch.data)
+        for name, value in values.items():
+            _check_one_each(f"the metric {name!r}", value, batch)
         sums = jax.tree.map(lambda v: (v.astype(jnp.float32) * batch.weight).sum(), values)
         return None, (sums, batch.weight.sum())
 

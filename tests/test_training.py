@@ -578,3 +578,13 @@ def test_a_state_starts_at_step_0_and_is_a_value(params: Tree) -> None:
         state.step = jnp.ones(())  # type: ignore[misc]
     copied = jax.tree.map(lambda leaf: leaf, state)
     assert jax.tree.structure(copied) == jax.tree.structure(state)
+
+
+def test_a_metric_that_is_no_number_for_each_example() -> None:
+    """A mean, or a column, would broadcast against the weights and count the padding."""
+    arrays, batches = jnp.ones((3, 2)), in_order(3, 2)
+    for shape, words in (((), r"\(\)"), ((2, 1), r"\(2, 1\)")):
+        with pytest.raises(
+            jl.ConfigError, match=r"'m' of each example, of shape \(2,\), got " + words
+        ):
+            evaluate(lambda *_, shape=shape: {"m": jnp.ones(shape)}, None, None, arrays, batches)

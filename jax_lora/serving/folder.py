@@ -57,7 +57,13 @@ class AdapterFolder:
             raise CheckpointError(f"{root}: expected a folder of adapters, found none")
 
     def __iter__(self) -> Iterator[str]:
-        """The names of all adapters in it."""
+        """The names of all adapters in it.
+
+        Raises:
+            CheckpointError: The folder is gone.
+        """
+        if not self._root.is_dir():
+            raise CheckpointError(f"{self._root}: expected a folder of adapters, found none")
         return iter(sorted(p.name for p in self._root.iterdir() if p.is_dir()))
 
     def __call__(self, name: str) -> Adapter:
@@ -72,8 +78,9 @@ class AdapterFolder:
             CheckpointError: It is damaged, or PEFT wrote it and there are no names for it.
         """
         # A name is no path: ".." and the like lead nowhere.
-        if name not in set(self):
-            raise AdapterError(f"{self._root}: no adapter {name!r} ({near_misses(name, self)})")
+        if name not in list(self):
+            near = near_misses(str(name), self)
+            raise AdapterError(f"{self._root}: no adapter {name!r} ({near})")
         folder = self._root / name
         if not (folder / _PEFT_CONFIG).exists():
             adapter, _, _ = load_adapter(folder, self._params)

@@ -29,7 +29,8 @@ class ServerConfig:
     Attributes:
         batch_sizes: The sizes of a batch. Fewer requests than that are filled up. Each size is
             compiled once, at the start.
-        max_wait: How many seconds a request waits at most for others to fill the largest batch.
+        max_wait: How many seconds a request waits at most for others to fill the largest batch;
+            `math.inf` for as long as it takes, or until the server is closed.
         loaders: How many adapters are loaded at the same time, beside the batches.
     """
 
@@ -251,7 +252,11 @@ class Server:
             raise AdapterError(f"expected arguments like {expected}, got {treedef}")
         leaves, problems = [], []
         for (key_path, leaf), expected in zip(found, self._expected, strict=True):
-            array = np.asarray(leaf)
+            try:
+                # A copy, as the caller may reuse the memory before the batch is computed.
+                array = np.array(leaf)
+            except Exception as error:
+                raise AdapterError(f"argument {path_of(key_path)}: no array, {error}") from error
             if (array.shape, array.dtype) != (tuple(expected.shape), expected.dtype):
                 problems.append(
                     f"argument {path_of(key_path)}: expected {expected.dtype} of shape "
@@ -283,11 +288,11 @@ class Server:
     def _fetch(self, name: str) -> None:
         """Load an adapter for those that wait for it. In a thread of the loaders."""
         assert self._load is not None
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             adapter = self._load(name)
             expect_type(f"an adapter from load({name!r})", adapter, Adapter)
-        except Exception as error:  # whatever it is, it concerns these requests alone
+        except BaseException as error:  # whatever it is, it concerns these requests alone
             failure = error
         with self._changed:
             requests = self._waiting.pop(name, [])
@@ -321,7 +326,7 @@ class Server:
                     wait = self._ready[0].arrived + self._config.max_wait - time.monotonic()
                     if wait <= 0 or self._closed or len(self._ready) >= self._sizes[-1]:
                         return self._take()
-                    self._changed.wait(wait)
+                    self._changed.wait(min(wait, threading.TIMEOUT_MAX))
                 elif self._closed and not self._waiting:
                     return None
                 else:

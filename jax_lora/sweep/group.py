@@ -107,6 +107,9 @@ class Group:
         slots = -(-wanted // len(devices)) * len(devices)
         trials, shapes = [run.trial for run in runs], widest([run.adapter for run in runs])
         self.program = Program(task, settings, trials, slots, devices)
+        smallest = min(runs, key=lambda run: run.size)
+        if smallest.size < max(run.size for run in runs):
+            self.program.check_padding(smallest.trial, smallest.adapter, shapes)
         for run in runs:
             run.adapter = pad(run.adapter, shapes)
             run.opt_state = self.program.start(run.trial, run.adapter)

@@ -20,6 +20,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.optim import lora_optimizer
 from jax_lora.sweep.products import Reordered, arranged, restored
 from jax_lora.sweep.settings import Settings
+from jax_lora.sweep.stacking import check_padding
 from jax_lora.sweep.trials import Trial, is_number, unknown_name
 from jax_lora.training import (
     Batch,
@@ -143,8 +144,15 @@ class Program:
 
     def start(self, trial: Trial, adapter: Adapter) -> Any:
         """The state of a trial's optimizer before the first step."""
-        numbers = {name: jnp.asarray(trial[name], dtype) for name, dtype in self._dtypes.items()}
-        return self._optimizer(numbers).init(adapter)
+        return self._optimizer_of(trial).init(adapter)
+
+    def check_padding(self, trial: Trial, adapter: Adapter, shapes: Adapter) -> None:
+        """That a trial's optimizer does the same with the adapter filled up to some shapes.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        check_padding(self._optimizer_of(trial), adapter, shapes)
 
     def load(
         self,
@@ -221,6 +229,10 @@ class Program:
     def text(self, name: str = "epoch") -> str:
         """The compiled program, for counting what is in it."""
         return str(self._compiled[name].as_text())
+
+    def _optimizer_of(self, trial: Trial) -> optax.GradientTransformation:
+        numbers = {name: jnp.asarray(trial[name], dtype) for name, dtype in self._dtypes.items()}
+        return self._optimizer(numbers)
 
     def _optimizer(self, numbers: Mapping[str, jax.Array]) -> optax.GradientTransformation:
         return lora_optimizer(self._task.optimizer(Hyperparameters(numbers, self._shared)))
@@ -304,10 +316,14 @@ def _shared_values(trials: Sequence[Trial]) -> dict[str, Any]:
 def _dtypes(trials: Sequence[Trial]) -> dict[str, str]:
     """The dtypes of the hyperparameters that are numbers."""
     return {
-        name: "int32" if all(isinstance(trial[name], int) for trial in trials) else "float32"
+        name: "int32" if all(_is_int32(trial[name]) for trial in trials) else "float32"
         for name, value in trials[0].hyperparameters.items()
         if is_number(value)
     }
+
+
+def _is_int32(value: Any) -> bool:
+    return isinstance(value, int) and -(2**31) <= value < 2**31
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

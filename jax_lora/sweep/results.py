@@ -238,4 +238,6 @@ def _number(value: float) -> str:
 def _spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return _number(values[0])
+    if not all(map(math.isfinite, values)):
+        return _number(math.nan)
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

@@ -91,8 +91,8 @@ def run(
         The outcomes.
 
     Raises:
-        ConfigError: Trials, settings or metrics that cannot mean anything; an optimizer that moves
-            the zeros of smaller ranks.
+        ConfigError: Trials, settings, losses or metrics that cannot mean anything; an optimizer
+            that moves the zeros of smaller ranks, or others otherwise because of them.
         TargetError: From ``plan``.
 
     Example:
@@ -177,8 +177,16 @@ def _decider(task: Task, settings: Settings, adapter: Adapter) -> tuple[str, str
     """
     names = []
     if task.metric_fun is not None:
+        if task.test is None:
+            raise ConfigError("expected test examples for metric_fun, got none; set test=")
         batch = example_batch(task.test, (settings.evaluation_batch,))
-        names = list(jax.eval_shape(task.metric_fun, adapter, task.params, batch))
+        found = jax.eval_shape(task.metric_fun, adapter, task.params, batch)
+        if not isinstance(found, dict):
+            raise ConfigError(
+                "expected metric_fun to return a dictionary of metrics by name, got "
+                f"{type(found).__name__}"
+            )
+        names = list(found)
     if TRAINING_LOSS in names:
         raise ConfigError(f"expected metrics of other names than {TRAINING_LOSS!r}; rename it")
     metric = settings.metric

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from jax_lora.errors import ConfigError
@@ -33,8 +34,11 @@ class Halving:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "epochs", tuple(self.epochs))
-        if not 0 < self.keep < 1:
+        listed = isinstance(self.epochs, Iterable) and not isinstance(self.epochs, str)
+        object.__setattr__(self, "epochs", tuple(self.epochs) if listed else (self.epochs,))
+        if any(type(epoch) is not int for epoch in self.epochs):
+            raise ConfigError(f"expected epochs as integers, got {self.epochs!r}")
+        if type(self.keep) not in (int, float) or not 0 < self.keep < 1:
             raise ConfigError(f"expected to keep a share between 0 and 1, got keep={self.keep!r}")
         rising = all(a < b for a, b in itertools.pairwise(self.epochs))
         if not self.epochs or min(self.epochs) < 1 or not rising:
@@ -87,8 +91,10 @@ class Settings:
             if getattr(self, name) not in get_args(kind):
                 choices = " or ".join(map(repr, get_args(kind)))
                 problems.append(f"expected {name} to be {choices}, got {getattr(self, name)!r}")
-        if not self.pad >= 1:
+        if type(self.pad) not in (int, float) or not self.pad >= 1:
             problems.append(f"expected pad to be a multiple of at least 1, got {self.pad!r}")
+        if not isinstance(self.halving, Halving | None):
+            problems.append(f"expected a Halving or None, got halving={self.halving!r}")
         if self.halving is not None and not problems and self.halving.epochs[-1] >= self.epochs:
             problems.append(
                 f"expected to stop trials before the last of {self.epochs} epochs, got halving "

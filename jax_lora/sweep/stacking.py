@@ -15,9 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jax_lora.adapter import Adapter
 from jax_lora.errors import ConfigError
+
+#: Of an update's largest element: what sums of other lengths may differ by, also in bfloat16.
+_ROUNDING = 1e-2
 
 
 def structure_of(adapter: Adapter) -> Hashable:
@@ -59,12 +63,60 @@ def trim(adapter: Adapter, shapes: Adapter) -> Adapter:
     trimmed = jax.tree.map(cut, adapter, shapes)
     before, after = (_nonzeros(tree) for tree in (adapter, trimmed))
     if before != after and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trimmed)):
-        raise ConfigError(
-            "expected an optimizer that leaves alone what has no gradient, as the zeros that fill "
-            "up smaller ranks; they have moved, so that it is not the run of the rank alone: sweep "
-            "each rank in a program of its own, Settings(pad=1)"
-        )
+        raise _not_alone("they have moved")
     return jax.tree.map(jnp.asarray, trimmed)
+
+
+def check_padding(
+    optimizer: optax.GradientTransformation, adapter: Adapter, shapes: Adapter
+) -> None:
+    """That an optimizer updates an adapter as it updates the same one with zeros behind its arrays.
+
+    Tried with two steps of drawn gradients, small and large, for what depends on their size.
+
+    Args:
+        optimizer: The optimizer.
+        adapter: An adapter that is smaller than the shapes.
+        shapes: The shapes.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(scale: float) -> Adapter:
+        def one(leaf: Any) -> np.ndarray:
+            return (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+        return jax.tree.map(one, adapter)
+
+    gradients = [drawn(scale) for scale in (1e-2, 1e2)]
+
+    @jax.jit
+    def updates(adapter: Adapter, gradients: list[Adapter]) -> list[Adapter]:
+        state, found = optimizer.init(adapter), []
+        for gradient in gradients:
+            update, state = optimizer.update(gradient, state, adapter)
+            found.append(update)
+        return found
+
+    around = drawn(1.0)  # and not zeros as an adapter begins, which have no norm
+    alone = updates(around, gradients)
+    padded = updates(pad(around, shapes), [pad(gradient, shapes) for gradient in gradients])
+    for own, other in zip(alone, padded, strict=True):
+        for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(other), strict=True):
+            cut = np.asarray(b)[tuple(slice(n) for n in a.shape)].astype(np.float64)
+            a = np.asarray(a, np.float64)
+            if np.abs(a - cut).max(initial=0) > _ROUNDING * np.abs(a).max(initial=0):
+                raise _not_alone("with them it moves others otherwise")
+
+
+def _not_alone(why: str) -> ConfigError:
+    return ConfigError(
+        "expected an optimizer that leaves alone what has no gradient, as the zeros that fill up "
+        f"smaller ranks, and counts none of these; {why}, so that it is not the run of the rank "
+        "alone: sweep each rank in a program of its own, Settings(pad=1)"
+    )
 
 
 def _nonzeros(tree: Any) -> list[int]:

@@ -377,3 +377,19 @@ def test_the_signature_is_that_of_the_function() -> None:
     adapted = jl.apply_bank(fun)
     jitted = jax.jit(adapted, static_argnames="train")
     assert list(jitted.__signature__.parameters) == ["params", "bank", "ids", "x", "train"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+def test_ids_of_a_dtype_that_cannot_count_the_slots(
+    linear: tuple[Any, Any, Any], filled: Any, dtype: str
+) -> None:
+    """As in int32: the number of slots, 256, is 0 in eight bits."""
+    fun, params, x = linear
+    adapter = filled(_plain(fun, params, x))
+    bank = jl.Bank.empty(adapter, 256).add("a", adapter)
+    ids = np.resize([0, 1] if dtype == "uint8" else [0, -1], len(x))
+    adapted = jl.apply_bank(fun)
+    found, wanted = (adapted(params, bank, ids.astype(t), x) for t in (dtype, "int32"))
+    np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(jl.AdapterError, match="ids of one example at least"):
+        adapted(params, bank, ids[:0].astype(np.int32), x[:0])

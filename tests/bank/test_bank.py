@@ -235,3 +235,26 @@ def test_bytes(world: World, rank: int | None) -> None:
     bank = jl.Bank.empty(jl.select(world.adapters["b"], "head"), 4, rank=rank)
     assert bank.nbytes == 4 * 4 * ((rank or 3) * (8 + 3) + 1)
     assert repr(bank) == f"Bank(0 of 4 slots, rank {rank or 3}, 1 parameter, {bank.nbytes} bytes)"
+
+
+def test_a_bank_whose_memory_is_gone(world: World) -> None:
+    old = jl.Bank.empty(world.adapters["b"], 2)
+    old.add("a", world.adapters["a"])
+    with pytest.raises(jl.AdapterError, match="expected the newest bank"):
+        old.add("b", world.adapters["b"])
+
+
+def test_what_is_no_name(world: World) -> None:
+    bank = world.bank()
+    for names in (0, [0, 1], b"a"):
+        with pytest.raises(jl.AdapterError, match="expected names, None, or sequences"):
+            bank.ids(names)
+    with pytest.raises(jl.AdapterError, match="sequences of one length"):
+        bank.ids([["a"], ["a", "b"]])
+
+
+def test_a_dtype_that_rounds_factors_to_integers(world: World) -> None:
+    with pytest.raises(jl.ConfigError, match="floating-point numbers, got dtype='int8'"):
+        jl.Bank.empty(world.adapters["b"], 2, dtype="int8")
+    with pytest.raises(jl.AdapterError, match="got an empty one"):
+        jl.Bank.empty(jl.Adapter({}), 2)

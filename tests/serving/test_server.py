@@ -349,3 +349,28 @@ class TestTheEnd:
         assert isinstance(future.exception(LONG), ZeroDivisionError)
         server.close()
         assert [args.exc_type for args in seen] == [ZeroDivisionError]
+
+
+def test_the_memory_of_a_request_may_be_reused(world: World, serve: Serve) -> None:
+    buffer = world.examples[3].copy()
+    with serve(world.bank(1, "a"), max_wait=LONG) as server:
+        future = server.submit("a", buffer)
+        buffer[:] = 9
+    world.check(future.result(0), "a", 3)
+
+
+def test_to_wait_for_a_full_batch(world: World, serve: Serve) -> None:
+    with serve(world.bank(1, "a"), max_wait=float("inf")) as server:
+        futures = [server.submit("a", world.examples[k]) for k in range(4)]
+        for k, future in enumerate(futures):
+            world.check(future.result(LONG), "a", k)
+
+
+def test_a_loader_that_exits(world: World, serve: Serve) -> None:
+    def leave(name: str) -> Any:
+        raise SystemExit(name)
+
+    with serve(world.bank(1), leave) as server:
+        with pytest.raises(SystemExit, match="z"):
+            server.submit("z", world.examples[0]).result(LONG)
+        world.check(server.submit(None, world.examples[1]).result(LONG), None, 1)

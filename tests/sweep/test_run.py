@@ -253,7 +253,7 @@ class TestMistakes:
             return optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(0)), rate)
 
         changes: dict[str, Any] = {**self.loss_decides, "optimizer": noisy}
-        with pytest.raises(jl.ConfigError, match=r"they have moved.*Settings\(pad=1\)"):
+        with pytest.raises(jl.ConfigError, match=r"it moves others otherwise.*Settings\(pad=1\)"):
             self.run(problem, MIXED[:2], **changes)
         settings = dataclasses.replace(changes["settings"], pad=1)
         results = self.run(problem, MIXED[:1], **{**changes, "settings": settings})

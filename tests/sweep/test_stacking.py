@@ -12,7 +12,9 @@ import optax
 import pytest
 
 import jax_lora as jl
-from jax_lora.sweep.stacking import pad, stack, structure_of, trim, unstack, widest
+from jax_lora.adapter import Layout
+from jax_lora.optim import lora_optimizer
+from jax_lora.sweep.stacking import check_padding, pad, stack, structure_of, trim, unstack, widest
 
 STEPS, OWN, WIDE = 4, 2, 5
 OPTIMIZERS = {
@@ -120,3 +122,36 @@ def test_what_has_one_structure(arrays: Any) -> None:
     assert lora == structure_of(fresh(params, x, 3, init="gaussian"))
     others = ({"variant": "dora"}, {"init": "pissa"}, {"dtype": "bfloat16"}, {"exclude": ("w1",)})
     assert len({lora, *(structure_of(fresh(params, x, 1, **other)) for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fits"),
+    [
+        (optax.sgd(0.1, momentum=0.9), True),
+        (optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)), True),
+        (optax.adafactor(0.1), False),  # averages over an array's elements
+        (optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)), False),
+    ],
+)
+def test_an_optimizer_that_counts_zeros_is_refused(
+    optimizer: optax.GradientTransformation, fits: bool
+) -> None:
+    layout = Layout((4, 3), (0,), (1,))
+    small, large = (
+        jl.Adapter(
+            {
+                "w": jl.LoraFactors(
+                    np.zeros((4, r), np.float32),
+                    np.zeros((r, 3), np.float32),
+                    np.float32(1),
+                    layout,
+                )
+            }
+        )
+        for r in (1, 2)
+    )
+    if fits:
+        check_padding(lora_optimizer(optimizer), small, large)
+        return
+    with pytest.raises(jl.ConfigError, match="moves others otherwise"):
+        check_padding(lora_optimizer(optimizer), small, large)
