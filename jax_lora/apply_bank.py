@@ -57,7 +57,8 @@ def apply_bank(
     Returns:
         A function ``(params, bank, ids, *args, **kwargs)``. Its ids are integers ``[batch]``, such
         as those of ``bank.ids``, or ``[batch, tokens]``. It is differentiable in the bank: the
-        gradient is zero for slots that no example selects. Where each token selects an adapter,
+        gradient is zero for slots that no example selects. Under `jax.jit`, where ids have no
+        values yet, one that is too high is the base's. Where each token selects an adapter,
         every product and lookup with an adapted weight has to be one for each token.
 
     Raises:

@@ -17,14 +17,12 @@ import jax
 from jax_lora.adapter import Layout, leaves_by_path
 from jax_lora.errors import ConfigError
 from jax_lora.interpreter.control import scan_groups
-from jax_lora.interpreter.core import is_literal, open_jaxpr
+from jax_lora.interpreter.core import CALLS, is_literal, open_jaxpr
 from jax_lora.interpreter.lookup import picked_axes
 from jax_lora.probes import Probe, Probes, joined, picked, restructured, united
 from jax_lora.transform import Traced, check_callable
 
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
-_CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
-_CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _LOOPS = {"scan": "scan", "while": "while_loop", "cond": "cond", "shard_map": "shard_map"}
 #: Primitives whose use of a parameter gives it a layout, and what such a use is called.
 MATRIX_USES = {
@@ -158,7 +156,7 @@ class _Walk:
 
     def follow(self, eqn: Any, probes: list[Probes], data: list[bool], steps: int) -> list[Probes]:
         name = eqn.primitive.name
-        if name in _CALLS:
+        if name in CALLS:
             body = eqn.params.get(
                 "jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
             )

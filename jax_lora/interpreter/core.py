@@ -45,6 +45,14 @@ class Event:
     decided: str = ""
 
 
+#: Primitives that call the one jaxpr in their parameters with their inputs.
+CALLS = frozenset(
+    {
+        *("jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"),
+        *("core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    }
+)
+
 Rule = Callable[["Interpreter", Any, list[Any]], Sequence[Any]]
 
 #: ``rule(interpreter, eqn, values) -> outputs`` of each primitive, by the primitive's name.

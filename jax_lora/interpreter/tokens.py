@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 
 from jax_lora.errors import MaterializeError
-from jax_lora.interpreter.core import is_literal, open_jaxpr
+from jax_lora.interpreter.core import CALLS, is_literal, open_jaxpr
 from jax_lora.interpreter.token_rules import Tag, Tags, tags_after
 from jax_lora.virtual import LoraWeight
-
-_CALLS = {"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "call"}
-_CALLS |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class TokenAxes:
@@ -119,7 +116,7 @@ class _Walk:
         self, eqn: Any, tags: list[Tag | None], known: Mapping[Any, Any]
     ) -> list[Tag | None]:
         name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS:
+        if name in CALLS:
             keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
             return self.run(open_jaxpr(next(params[k] for k in keys if k in params))[0], tags)
         if name == "scan":

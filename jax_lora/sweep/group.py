@@ -107,6 +107,7 @@ class Group:
         slots = -(-wanted // len(devices)) * len(devices)
         trials, shapes = [run.trial for run in runs], widest([run.adapter for run in runs])
         self.program = Program(task, settings, trials, slots, devices)
+        self.program.check_names(trials[0])
         smallest = min(runs, key=lambda run: run.size)
         if smallest.size < max(run.size for run in runs):
             self.program.check_padding(smallest.trial, smallest.adapter, shapes)

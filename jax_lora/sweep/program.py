@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from jax_lora.optim import lora_optimizer
 from jax_lora.sweep.products import Reordered, arranged, restored
 from jax_lora.sweep.settings import Settings
 from jax_lora.sweep.stacking import check_padding
-from jax_lora.sweep.trials import Trial, is_number, unknown_name
+from jax_lora.sweep.trials import CONFIGURED, Trial, is_number, unknown_name
 from jax_lora.training import (
     Batch,
     LossFun,
@@ -50,12 +51,18 @@ class Hyperparameters:
 
     def __init__(self, numbers: Mapping[str, Any], shared: Mapping[str, Any]):
         self._values = {**shared, **numbers}
+        self._read: set[str] = set()
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """The names that nobody has asked for."""
+        return frozenset(self._values) - self._read
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self._values[name]
-        except KeyError:
-            raise unknown_name(name, self._values) from None
+        if name not in self._values:
+            raise unknown_name(name, self._values)
+        self._read.add(name)
+        return self._values[name]
 
     __getitem__ = __getattr__
 
@@ -146,6 +153,21 @@ class Program:
         """The state of a trial's optimizer before the first step."""
         return self._optimizer_of(trial).init(adapter)
 
+    def check_names(self, trial: Trial) -> None:
+        """That what a trial has no use for is no misspelt field of its configuration.
+
+        Raises:
+            ConfigError: Names what it may have been meant for.
+        """
+        values = Hyperparameters(self._numbers(trial), self._shared)
+        self._task.optimizer(values)
+        for name in sorted(values.unread - set(CONFIGURED)):
+            if near := difflib.get_close_matches(name, CONFIGURED, n=1, cutoff=0.7):
+                raise ConfigError(
+                    f"{trial}: the optimizer does not use {name!r}, and it is no field of "
+                    f"LoraConfig; did you mean {near[0]!r}?"
+                )
+
     def check_padding(self, trial: Trial, adapter: Adapter, shapes: Adapter) -> None:
         """That a trial's optimizer does the same with the adapter filled up to some shapes.
 
@@ -231,8 +253,10 @@ class Program:
         return str(self._compiled[name].as_text())
 
     def _optimizer_of(self, trial: Trial) -> optax.GradientTransformation:
-        numbers = {name: jnp.asarray(trial[name], dtype) for name, dtype in self._dtypes.items()}
-        return self._optimizer(numbers)
+        return self._optimizer(self._numbers(trial))
+
+    def _numbers(self, trial: Trial) -> dict[str, jax.Array]:
+        return {name: jnp.asarray(trial[name], dtype) for name, dtype in self._dtypes.items()}
 
     def _optimizer(self, numbers: Mapping[str, jax.Array]) -> optax.GradientTransformation:
         return lora_optimizer(self._task.optimizer(Hyperparameters(numbers, self._shared)))

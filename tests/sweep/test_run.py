@@ -247,6 +247,19 @@ class TestMistakes:
         with pytest.raises(jl.ConfigError, match="all diverged; lower the learning rates"):
             dataclasses.replace(results, outcomes=results[:1]).best  # noqa: B018
 
+    def test_a_misspelt_field(self, problem: Any) -> None:
+        """It is not taken for a hyperparameter, unless the optimizer uses it."""
+        trial = Trial(**{**MIXED[0], "rnak": 1})
+        with pytest.raises(jl.ConfigError, match=r"'rnak'.*did you mean 'rank'"):
+            self.run(problem, (trial,))
+
+        def used(values: Any) -> optax.GradientTransformation:
+            return optax.sgd(0.1 * values.rnak)
+
+        assert len(self.run(problem, (trial,), optimizer=used)) == 1
+        label = Trial(**{**MIXED[0], "label": "first"})
+        assert len(self.run(problem, (label,))) == 1
+
     def test_an_optimizer_that_moves_the_zeros(self, problem: Any) -> None:
         def noisy(trial: Any) -> optax.GradientTransformation:
             rate = optax.sgd(trial.learning_rate)
