@@ -160,8 +160,8 @@ def _by_leaf(name: str, prefix: Any, args: tuple[Any, ...]) -> dict[int, int]:
     for k, (axis, leaf) in enumerate(zip(*map(jax.tree.leaves, (full, args)), strict=True)):
         if axis is _SHARED or not is_array(leaf):
             continue
-        if not -leaf.ndim <= axis < leaf.ndim:
-            raise ConfigError(f"expected {name} of {_name(args, k)}, got {axis} for {leaf.shape}")
+        if not isinstance(axis, int) or not -leaf.ndim <= axis < leaf.ndim:
+            raise ConfigError(f"expected {name} of {_name(args, k)}, got {axis!r} for {leaf.shape}")
         found[k] = axis % leaf.ndim
     return found
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 
 from jax_lora.adapter import Layout, leaves_by_path
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, expect_callable
 from jax_lora.interpreter.control import scan_groups
 from jax_lora.interpreter.core import CALLS, is_literal, open_jaxpr
 from jax_lora.interpreter.lookup import picked_axes
 from jax_lora.probes import Probe, Probes, joined, picked, restructured, united
-from jax_lora.transform import Traced, check_callable
+from jax_lora.transform import FUNCTION, Traced
 
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min"}
 _LOOPS = {"scan": "scan", "while": "while_loop", "cond": "cond", "shard_map": "shard_map"}
@@ -97,7 +97,7 @@ def discover(
         >>> use.primitive, use.in_axes, use.out_axes, use.multiply_adds
         ('dot_general', (0,), (1,), 24)
     """
-    check_callable(fun)
+    expect_callable(FUNCTION, fun)
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
     shapes = [leaf.shape for leaf in leaves if hasattr(leaf, "shape")]
     symbolic = [s for s in shapes if not all(isinstance(n, numbers.Integral) for n in s)]

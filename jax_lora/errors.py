@@ -43,6 +43,16 @@ def expect_type(what: str, value: object, expected: type) -> None:
         )
 
 
+def expect_callable(what: str, value: object) -> None:
+    """Refuse an argument that is no function, before it is called somewhere inside.
+
+    Raises:
+        ConfigError: Names what was expected and what came.
+    """
+    if not callable(value):
+        raise ConfigError(f"expected {what}, got {type(value).__name__}")
+
+
 def near_misses(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Name the candidates nearest to ``name``, as the tail of an error message.
 

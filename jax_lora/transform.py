@@ -11,9 +11,12 @@ import jax
 import numpy as np
 
 from jax_lora.adapter import Adapter, check_fits, leaves_by_path
-from jax_lora.errors import ConfigError, near_misses
+from jax_lora.errors import ConfigError, expect_callable, near_misses
 from jax_lora.interpreter import Interpreter
 from jax_lora.rules import Mode
+
+#: What `apply` and `discover` take, in the words of their errors.
+FUNCTION = "a function of parameters first, such as model.apply"
 
 
 def apply(
@@ -65,7 +68,7 @@ def apply(
     References:
         Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
-    check_callable(fun)
+    expect_callable(FUNCTION, fun)
     _check_mode(mode)
 
     @functools.wraps(fun)
@@ -79,19 +82,6 @@ def apply(
     if signature is not None:
         adapted.__signature__ = signature  # type: ignore[attr-defined]
     return adapted
-
-
-def check_callable(fun: Any) -> None:
-    """Refuse what is no function, such as parameters in its place.
-
-    Raises:
-        ConfigError: Says what came instead.
-    """
-    if not callable(fun):
-        raise ConfigError(
-            "expected a function of parameters first, such as model.apply, got "
-            f"{type(fun).__name__}"
-        )
 
 
 def _check_mode(mode: Any) -> None:

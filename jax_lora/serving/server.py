@@ -18,7 +18,7 @@ import numpy as np
 from jax_lora.adapter import Adapter, path_of
 from jax_lora.apply_bank import apply_bank
 from jax_lora.bank import Bank
-from jax_lora.errors import AdapterError, ConfigError, expect_type, near_misses
+from jax_lora.errors import AdapterError, ConfigError, expect_callable, expect_type, near_misses
 from jax_lora.serving.residents import Residents
 
 
@@ -112,7 +112,7 @@ class Server:
         config: How requests become batches.
 
     Raises:
-        ConfigError: There is ``load``, but no slot that is free.
+        ConfigError: There is ``load``, but no slot that is free; or it is no function.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, jax_lora as jl
@@ -137,6 +137,8 @@ class Server:
         config: ServerConfig | None = None,
     ):
         expect_type("a bank", bank, Bank)
+        if load is not None:
+            expect_callable("load to be a function from a name to its adapter", load)
         self._config = ServerConfig() if config is None else config
         self._residents = Residents(bank)
         if load is not None and not self._residents.lendable:

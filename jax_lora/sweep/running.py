@@ -11,7 +11,7 @@ import jax
 
 from jax_lora.adapter import Adapter
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, expect_type, near_misses
+from jax_lora.errors import ConfigError, expect_callable, expect_type, near_misses
 from jax_lora.plan import Plan
 from jax_lora.plan import init as fresh
 from jax_lora.sweep.group import Group, Log, Run, grouped
@@ -117,6 +117,9 @@ def run(
     started = time.perf_counter()
     trials = check_trials(trials)
     expect_type("settings", settings, Settings)
+    expect_callable("plan to be a function from a configuration to its plan", plan)
+    expect_callable("optimizer to be a function from a trial to its optimizer", optimizer)
+    expect_callable("loss_fun to be a function", loss_fun)
     devices = tuple(jax.local_devices() if devices is None else devices)
     task = Task(loss_fun, params, train, noisy, optimizer, metric_fun, test, compiler_options)
     task = task.placed(devices)

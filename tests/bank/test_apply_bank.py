@@ -348,6 +348,8 @@ def test_arguments_that_do_not_fit(linear: tuple[Any, Any, Any]) -> None:
         adapted(params, bank, ids, x[:3])
     with pytest.raises(jl.ConfigError, match=r"expected in_axes of argument 0, .*got 3 for"):
         jl.apply_bank(fun, in_axes=3)(params, bank, ids, x)
+    with pytest.raises(jl.ConfigError, match=r"expected in_axes of argument 0, .*got '0' for"):
+        jl.apply_bank(fun, in_axes="0")(params, bank, ids, x)
     with pytest.raises(jl.ConfigError, match="a tree prefix of the 1 arguments after the ids"):
         jl.apply_bank(fun, in_axes=(0, 0))(params, bank, ids, x)
     with pytest.raises(

@@ -268,6 +268,10 @@ class TestErrors:
         with pytest.raises(TypeError, match="dot_general"):
             serve(world.bank(1, "a"), fun=lambda params, x: x @ params["down"]["kernel"])
 
+    def test_a_loader_that_is_none(self, world: World, serve: Serve) -> None:
+        with pytest.raises(jl.ConfigError, match=r"expected load to be a function.*got str"):
+            serve(world.bank(1, "a"), "adapters")
+
     def test_no_slot_to_load_into(self, world: World, serve: Serve, shelf: Shelf) -> None:
         with pytest.raises(jl.ConfigError, match="free slot"):
             serve(world.bank(1, "a"), shelf)

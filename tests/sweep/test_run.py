@@ -247,6 +247,11 @@ class TestMistakes:
         with pytest.raises(jl.ConfigError, match="all diverged; lower the learning rates"):
             dataclasses.replace(results, outcomes=results[:1]).best  # noqa: B018
 
+    @pytest.mark.parametrize("name", ["plan", "optimizer", "loss_fun"])
+    def test_what_is_no_function(self, problem: Any, name: str) -> None:
+        with pytest.raises(jl.ConfigError, match=f"expected {name} to be a function.*got dict"):
+            self.run(problem, **{name: {}})
+
     def test_a_misspelt_field(self, problem: Any) -> None:
         """It is not taken for a hyperparameter, unless the optimizer uses it."""
         trial = Trial(**{**MIXED[0], "rnak": 1})
